@@ -1,0 +1,59 @@
+"""What every flow is: the same small NamedTuple of pure functions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from rodjax.dynamics import Dynamics, State
+from rodjax.window import Window
+
+
+class Flow(NamedTuple):
+    """A continuous-time model of an optimizer; time is in optimizer steps.
+
+    - `init(start, lr, key) -> y`: the flow's state, a pytree of floats, from
+      parameters (from scratch) or from a `Window` of a discrete run. `key` seeds what
+      must be random, such as the direction of the first oscillation.
+    - `vector_field(t, y, lr) -> dy/dt`: pure; any diffrax solver takes it.
+    - `centre(y) -> State`: the optimizer state at the centre; `.params` are what the
+      flow predicts for the midpoint of the iterates.
+    - `ends(y) -> params` with a leading axis: the points between which the flow says
+      the iterates jump; their mean loss is the predicted time-averaged loss.
+    - `dynamics`: the optimizer and loss that it models.
+    - `evaluations`: update-map evaluations in one call of the vector field.
+    - `offset`: 0 where the centre is the second-order midpoint at t, 1/2 where it is
+      the half-step midpoint at t + 1/2.
+    """
+
+    init: Callable[[PyTree | Window, PyTree, Array], Any]
+    vector_field: Callable[[Any, Any, PyTree], Any]
+    centre: Callable[[Any], State]
+    ends: Callable[[Any], PyTree]
+    dynamics: Dynamics
+    evaluations: int
+    offset: float
+
+
+def shift(state: State, phase: PyTree, scale: float = 1.0) -> State:
+    """`state` with `scale * phase` added to its phase part."""
+    moved = jax.tree.map(lambda z, d: z + scale * d, state.phase, phase)
+    return state._replace(phase=moved)
+
+
+def half_step_back(y: PyTree, field: PyTree) -> PyTree:
+    r"""$y - f(y)/2$, where the vector field of a unit-step map is to be evaluated.
+
+    One correction by backward error analysis, without derivatives: the flow whose
+    time-1 map is $y + f(y)$ is $f - f'f/2$ to second order, and so is $f(y - f(y)/2)$,
+    which needs no derivative of the optimizer (whose square root of a second moment has
+    none at zero).
+    """
+    return jax.tree.map(lambda a, f: a - 0.5 * f, y, field)
+
+
+def stack(*trees: PyTree) -> PyTree:
+    """Stack trees on a new leading axis."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)

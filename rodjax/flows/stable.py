@@ -1,0 +1,43 @@
+"""The naive continuous-time limit: the baseline that EoS breaks."""
+
+import jax
+
+from rodjax.dynamics import Dynamics
+from rodjax.flows.base import Flow
+from rodjax.window import Window, midpoint
+
+
+def stable(dynamics: Dynamics) -> Flow:
+    r"""The stable flow: the optimizer without its oscillation.
+
+    $dz/dt = F(z)$ with $F(z) = \Phi(z) - z$ the increment of the update map on the
+    whole optimizer state, time in optimizer steps (Cohen et al., arXiv 2410.24206,
+    call it so). It follows the optimizer to first order in the learning rate below
+    the stability threshold and leaves it at the edge of stability.
+
+    The flow's state is a `State`: phase, slow and clock parts as in the optimizer.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(0.1), lambda w: 0.5 * jnp.sum(w**2))
+    >>> path = rj.integrate(rj.flows.stable(sgd), jnp.array([1.0]), steps=10)
+    >>> bool(abs(path.params[-1, 0] - jnp.exp(-1.0)) < 1e-5)
+    True
+
+    ```
+    """
+
+    def init(start, lr, key):
+        if isinstance(start, Window):
+            return midpoint(start)
+        return dynamics.init(start, lr)
+
+    return Flow(
+        init=init,
+        vector_field=lambda t, y, lr: dynamics.increment(y, lr),
+        centre=lambda y: y,
+        ends=lambda y: jax.tree.map(lambda x: x[None], y.params),
+        dynamics=dynamics,
+        evaluations=1,
+        offset=0.0,
+    )

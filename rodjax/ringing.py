@@ -1,0 +1,78 @@
+"""How much alternation momentum will still carry when it reaches its threshold."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from rodjax.curvature import sharpness_ratio
+from rodjax.dynamics import Dynamics
+from rodjax.stability import (
+    alternating_multiplier,
+    coordinate_thresholds,
+    has_momentum,
+)
+from rodjax.window import Window, alternating, midpoint
+
+# Where between rest and threshold the decay is read: half way, where an optimizer
+# without momentum has none left.
+HALF_WAY = 0.5
+
+
+class Ringing(NamedTuple):
+    """Oscillation that is not yet an alternation but will be one at the threshold.
+
+    - `amplitude`: of the parameters at the window's step, [].
+    - `log_decay`: its rate per step, negative, [].
+    """
+
+    amplitude: Float[Array, ""]
+    log_decay: Float[Array, ""]
+
+
+def ringing(dynamics: Dynamics, window: Window, lr: PyTree = None) -> Ringing:
+    r"""Estimate the ringing of a run from a window of it.
+
+    With momentum a mode below its threshold is a complex pair of modulus rho =
+    sqrt(beta): it rings on, decaying as rho^t only, and its frequency rises to that of
+    an alternation as its curvature reaches the threshold. What is left of it then, not
+    rounding, is what the oscillation grows from.
+
+    Two estimates of its amplitude, combined as $a_{top}^{r} a_{all}^{1-r}$ with r the
+    preconditioned sharpness over its threshold: near the threshold the present top
+    eigenvector is the one that will arrive there; far from it any mode may.
+
+    - $a_{top}$: the sixth difference along the top eigenvector, divided by the gain
+      $|(2 - \mu - 1/\mu)/4|^3$ of that difference at the mode's own multiplier mu.
+    - $a_{all}$: for a single frequency, differences $d_4, d_6$ of all parameters are
+      $q^2 a, q^3 a$ with $q = \sin^2(\theta/2)$, so $a = d_4^3 / d_6^2$.
+
+    Without momentum the amplitude is 0: modes half way below the threshold are gone in
+    a step. The rule knows the optimizer through its linear map alone.
+    """
+    state = midpoint(window)
+    dtype = jnp.result_type(*jax.tree.leaves(state.params))
+    if not has_momentum(state):
+        return Ringing(jnp.zeros((), dtype), jnp.asarray(-2.0, dtype))
+
+    fourth = optax.tree.norm(alternating(window, 4).params)
+    sixth = alternating(window, 6).params
+    tiny = jnp.finfo(dtype).tiny
+    everywhere = fourth * (fourth / jnp.maximum(optax.tree.norm(sixth), tiny)) ** 2
+
+    pair = sharpness_ratio(dynamics, state, lr)
+    root = jax.tree.map(jnp.sqrt, coordinate_thresholds(dynamics, state, lr))
+    mode = jax.tree.map(lambda v, r: v / r, pair.vector, root)
+    along = optax.tree.vdot(optax.tree.mul(pair.vector, root), sixth)
+    mu = alternating_multiplier(dynamics, state, lr, pair.value)
+    gain = jnp.abs((2.0 - mu - 1.0 / mu) / 4.0) ** 3
+    top = jnp.abs(along) * optax.tree.norm(mode) / gain
+
+    ratio = jnp.clip(pair.value, 0.0, 1.0)
+    amplitude = top**ratio * everywhere ** (1.0 - ratio)
+    decay = jnp.abs(alternating_multiplier(dynamics, state, lr, HALF_WAY))
+    return Ringing(
+        jnp.astype(amplitude, dtype), jnp.astype(jnp.log(decay), dtype)
+    )

@@ -1,0 +1,232 @@
+"""The problems against what is known of them in closed form."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from rodjax.problems import (
+    Problem,
+    berthier,
+    digits,
+    digits_mlp,
+    factorization,
+    float_dtype,
+    quadratic,
+    quartic_well,
+    scalar_factorization,
+)
+
+needs_x64 = pytest.mark.skipif(
+    not jax.config.read("jax_enable_x64"), reason="needs jax_enable_x64"
+)
+ALL = {
+    "quadratic": partial(quadratic, [2.0, 1.0], seed=1),
+    "quartic_well": quartic_well,
+    "berthier": berthier,
+    "factorization": partial(factorization, (4, 3, 2), [2.0, 1.0]),
+    "scalar_factorization": scalar_factorization,
+    "digits_mlp": partial(digits_mlp, 12, widths=(5,)),
+}
+
+
+def spectrum_at(problem, params):
+    """Eigenvalues of the dense Hessian over the ravelled parameters, ascending."""
+    flat, unravel = ravel_pytree(params)
+    return jnp.linalg.eigvalsh(jax.hessian(lambda v: problem.loss(unravel(v)))(flat))
+
+
+def gradient_norm(problem, params):
+    return float(optax.tree.norm(jax.grad(problem.loss)(params)))
+
+
+def descend(problem, params, eta, steps):
+    """Every iterate of gradient descent, stacked."""
+
+    def step(w, _):
+        w = jax.tree.map(lambda a, g: a - eta * g, w, jax.grad(problem.loss)(w))
+        return w, w
+
+    return jax.jit(lambda w: jax.lax.scan(step, w, None, steps)[1])(params)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "dtype", [None, "float32", pytest.param("float64", marks=needs_x64)]
+)
+def test_dtype_of_parameters_loss_and_gradient(name, dtype):
+    problem = ALL[name](dtype=dtype)
+    assert isinstance(problem, Problem)
+    expected = jnp.zeros(()).dtype if dtype is None else jnp.dtype(dtype)
+    value, grad = jax.jit(jax.value_and_grad(problem.loss))(problem.params)
+    assert value.shape == () and value.dtype == expected
+    for leaf in jax.tree.leaves((problem.params, grad)):
+        assert leaf.dtype == expected and bool(jnp.isfinite(leaf).all())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_unfit_dtype_is_named(name):
+    with pytest.raises(ValueError, match="dtype=.*floating"):
+        ALL[name](dtype="int32")
+
+
+def test_double_precision_without_x64_is_an_error():
+    with jax.enable_x64(False), pytest.raises(ValueError, match="jax_enable_x64"):
+        float_dtype("float64")
+
+
+@pytest.mark.parametrize("seed", [None, 0, 3])
+def test_quadratic_has_the_prescribed_spectrum(seed):
+    spectrum = [-0.5, 0.1, 2.0, 7.0]
+    problem = quadratic(spectrum, seed=seed)
+    np.testing.assert_allclose(
+        spectrum_at(problem, problem.params), spectrum, atol=1e-5
+    )
+    origin = {"w": jnp.zeros(4)}
+    assert float(problem.loss(origin)) == gradient_norm(problem, origin) == 0
+
+
+def test_quadratic_start_is_the_scaled_normal_draw():
+    draw = jax.random.normal(jax.random.key(0), (3,))
+    for seed in (None, 0):
+        start = quadratic([1.0, 2.0, 3.0], seed=seed, scale=0.5).params["w"]
+        np.testing.assert_allclose(start, 0.5 * draw, rtol=1e-6)
+
+
+def test_quadratic_eigenbasis_is_seeded():
+    one, two = (jax.hessian(quadratic([1.0, 3.0], seed=s).loss) for s in (1, 2))
+    w = {"w": jnp.zeros(2)}
+    assert float(jnp.abs(one(w)["w"]["w"] - two(w)["w"]["w"]).max()) > 0.1
+
+
+@pytest.mark.parametrize("eta", [0.9, 1.0, 1.1])
+def test_quartic_well_settles_on_its_two_cycle(eta):
+    problem = quartic_well(sharpness=2.5, quartic=2.0, start=0.1)
+    w = descend(problem, problem.params, eta, 400)
+    sigma = 2.5 / 2.0 - 2 / (eta * 2.0)
+    np.testing.assert_allclose(w[-2:] ** 2, sigma, rtol=1e-4)
+    assert float(w[-1] * w[-2]) < 0
+    np.testing.assert_allclose(jax.hessian(problem.loss)(jnp.zeros(())), 2.5)
+
+
+ETA, EDGE = 0.3, 2 / 0.3
+
+
+@pytest.mark.parametrize(
+    ("start", "swing"), [((0.1, 6.5), 0.45), ((math.sqrt(0.02), EDGE), 0.01)]
+)
+def test_berthier_started_near_the_edge_stays_there(start, swing):
+    problem = berthier(start=start)
+    path = descend(problem, problem.params, ETA, 1200)
+    assert float(jnp.abs(path["y"] - EDGE).max()) < swing
+
+
+def test_berthier_started_on_the_cycle_oscillates_with_the_predicted_size():
+    problem = berthier(start=(math.sqrt(0.02), EDGE))
+    x = descend(problem, problem.params, ETA, 1200)["x"]
+    assert bool(jnp.all(x[1:] * x[:-1] < 0))
+    assert float(jnp.mean(x**2)) == pytest.approx(0.02, rel=0.01)
+
+
+def test_berthier_sharpens_then_hovers_around_the_edge():
+    problem = berthier()
+    path = descend(problem, problem.params, ETA, 20000)
+    # Sharpening by eta eps per step brings y from 5 to 2 / eta in 556 steps.
+    assert int(jnp.argmax(path["y"] > EDGE)) + 1 == math.ceil((EDGE - 5) / (ETA * 0.01))
+    late = jax.tree.map(lambda v: v[2000:], path)
+    assert 5 < float(late["y"].min()) < EDGE < float(late["y"].max()) < 8
+    assert float(late["y"].mean()) == pytest.approx(EDGE, rel=0.04)
+    assert float(jnp.mean(late["x"] ** 2)) == pytest.approx(2 * 0.01, rel=0.08)
+
+
+def test_berthier_two_cycle():
+    eps = 0.01
+    problem = berthier(eps=eps, zeta=0.0, start=(math.sqrt(2 * eps), EDGE))
+    path = descend(problem, problem.params, ETA, 6)
+    np.testing.assert_allclose(path["y"], EDGE, rtol=1e-6)
+    alternating = math.sqrt(2 * eps) * (-1.0) ** np.arange(1, 7)
+    np.testing.assert_allclose(path["x"], alternating, rtol=1e-5)
+
+
+def test_berthier_y_is_the_sharpness_of_x():
+    problem = berthier(start=(0.3, 4.0))
+    hessian = jax.hessian(problem.loss)(problem.params)
+    np.testing.assert_allclose(hessian["x"]["x"], 4.0)
+    np.testing.assert_allclose(hessian["x"]["y"], 0.3, rtol=1e-6)
+    np.testing.assert_allclose(hessian["y"]["y"], 0.0)
+
+
+def test_factorization_target_has_the_prescribed_singular_values():
+    problem = factorization((5, 3, 4), [3.0, 1.0, 0.5], seed=2, scale=0.0)
+    # At zero the loss is ||A||^2 / 2 and the Hessian couples w1, w2 through A.
+    np.testing.assert_allclose(problem.loss(problem.params), 10.25 / 2, rtol=1e-5)
+    top = np.sort(np.asarray(spectrum_at(problem, problem.params)))[::-1][:9]
+    np.testing.assert_allclose(top, np.repeat([3.0, 1.0, 0.5], 3), atol=1e-4)
+
+
+def test_factorization_minimum():
+    problem = factorization((3, 3, 3), [2.0, 1.0, 0.5], seed=1)
+    # With w1 = I the gradient in w2 at 0 is -A, which reveals the target.
+    zero = {"w1": jnp.eye(3), "w2": jnp.zeros((3, 3))}
+    target = -jax.grad(problem.loss)(zero)["w2"]
+    w1 = 1.5 * jnp.eye(3) + 0.2 * jax.random.normal(jax.random.key(0), (3, 3))
+    params = {"w1": w1, "w2": target @ jnp.linalg.inv(w1)}
+    assert float(problem.loss(params)) < 1e-9
+    assert gradient_norm(problem, params) < 1e-4
+    norms = [float(jnp.linalg.norm(w, 2)) for w in params.values()]
+    np.testing.assert_allclose(
+        spectrum_at(problem, params)[-1], sum(n**2 for n in norms), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("a", [0.5, 1.0, -3.0])
+def test_scalar_factorization_minimum(a):
+    problem = scalar_factorization(target=1.5)
+    params = {"a": jnp.asarray(a), "b": jnp.asarray(1.5 / a)}
+    assert float(problem.loss(params)) < 1e-12
+    assert gradient_norm(problem, params) < 1e-5
+    np.testing.assert_allclose(
+        spectrum_at(problem, params), [0.0, a**2 + (1.5 / a) ** 2], atol=1e-5
+    )
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("make", "args", "options", "message"),
+    [
+        (quadratic, ([],), {}, "spectrum has shape"),
+        (quadratic, ([[1.0]],), {}, "spectrum has shape"),
+        (quadratic, ([NAN],), {}, "spectrum has entries"),
+        (quadratic, ([1.0],), {"scale": math.inf}, "scale="),
+        (quartic_well, (), {"sharpness": 0.0}, "sharpness=0.0"),
+        (quartic_well, (), {"quartic": -1.0}, "quartic=-1.0"),
+        (quartic_well, (), {"start": NAN}, "start="),
+        (berthier, (), {"eps": 0.0}, "eps=0.0"),
+        (berthier, (), {"zeta": NAN}, "zeta="),
+        (berthier, (), {"start": (1.0,)}, "start has 1"),
+        (factorization, ((2, 0, 2), [1.0]), {}, "dims="),
+        (factorization, ((2, 2), [1.0]), {}, "dims="),
+        (factorization, ((2, 2, 2), [1.0, 1.0, 1.0]), {}, "singular_values="),
+        (factorization, ((2, 2, 2), [-1.0]), {}, "singular_values="),
+        (factorization, ((2, 2, 2), [1.0]), {"scale": NAN}, "scale="),
+        (scalar_factorization, (), {"target": NAN}, "target="),
+        (scalar_factorization, (), {"start": (1.0, NAN)}, "start="),
+        (digits, (0,), {}, "n=0"),
+        (digits, (2.5,), {}, "n=2.5"),
+        (digits, (10,), {"skip": -1}, "skip=-1"),
+        (digits, (1000,), {"skip": 798}, r"n \+ skip = 1798"),
+        (digits_mlp, (), {"widths": (16, 0)}, "widths="),
+        (digits_mlp, (), {"activation": "no such"}, "activation="),
+        (digits_mlp, (), {"loss": "hinge"}, "loss='hinge'"),
+    ],
+)
+def test_bad_argument_is_named(make, args, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(*args, **options)
