@@ -72,7 +72,7 @@ def merge(state: State) -> tuple[PyTree, PyTree]:
 
 def split_like(tree: PyTree, state: State) -> State:
     """Split `tree`, of structure `(params, optax_state)`, the way `state` is split."""
-    holes = lambda part: jax.tree.map(  # noqa: E731
+    holes = lambda part: jax.tree.map(
         lambda leaf: leaf is not None, part, is_leaf=lambda leaf: leaf is None
     )
     return State(*(eqx.filter(tree, holes(part)) for part in state))

@@ -1,7 +1,6 @@
-"""A flow solved with diffrax and the optimizer itself, as the same Trajectory."""
+"""A flow solved with diffrax, and the optimizer itself, as the same Trajectory."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -12,10 +11,21 @@ from jaxtyping import Array, PyTree
 
 from rodjax.dynamics import Dynamics
 from rodjax.flows.base import Flow, stack
-from rodjax.trajectory import Metric, Snapshot, Trajectory, losses
+from rodjax.trajectory import (
+    Advance,
+    Metric,
+    Progress,
+    Recorder,
+    Snapshot,
+    Trajectory,
+    losses,
+)
 from rodjax.window import REACH, Window, alternating, midpoint, slide, warm_up
 
-Progress = Callable[[Array, Array], None]
+
+def everything(params: PyTree) -> PyTree:
+    """The default projection: save all parameters."""
+    return params
 
 
 def descend(
@@ -26,21 +36,51 @@ def descend(
     lr: PyTree = None,
     every: int = 1,
     metrics: Sequence[Metric] = (),
-    project: Callable[[PyTree], PyTree] = lambda params: params,
+    project: Callable[[PyTree], PyTree] = everything,
     progress: Progress | None = None,
 ) -> Trajectory:
-    _check_steps(steps, every)
+    """Run the optimizer itself, by `lax.scan` over its update map.
+
+    **Arguments**
+
+    - `dynamics`: from `rodjax.dynamics`.
+    - `start`: initial parameters, or a `Window` (from `warm_up`) to go on from.
+    - `steps`: optimizer steps, a multiple of `every`.
+    - `lr`: the learning rate if `dynamics` takes one: data, so it may be vmapped.
+    - `every`: save every so many steps, to bound memory.
+    - `metrics`: recorded beside the loss, such as `edge_of_stability(dynamics)`.
+    - `project`: what to keep of the parameters, any function of them (linear, if the
+      saved values are to be averaged or compared); `lambda p: None` keeps nothing.
+    - `progress`: called on the host with the step and the loss at every saved moment.
+
+    **Returns** a `Trajectory` over the second-order midpoints at `steps / every + 1`
+    moments; the iterates are its `ends`.
+
+    **Raises** `ValueError` on a `steps` that is not a positive multiple of `every`, and
+    what `rodjax.dynamics` says of parameters, loss and `lr`.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd, lambda w: 0.5 * w**2)
+    >>> run = rj.descend(sgd, jnp.array(8.0), steps=3, lr=1.5)
+    >>> run.ends[:, 0].tolist()
+    [8.0, -4.0, 2.0, -1.0]
+
+    ```
+    """
+    recorder = _recorder(dynamics, steps, every, metrics, project, progress)
     if isinstance(start, Window):
         window, lr = start, dynamics.cast(start.at(0).params, lr)
     else:
         window, lr = warm_up(dynamics, start, lr=lr), dynamics.cast(start, lr)
-    metrics = (losses(dynamics.loss), *metrics)
-    return _descend(dynamics, window, lr, steps, every, metrics, project, progress)
+    return _descend(dynamics, window, lr, recorder)
 
 
 @eqx.filter_jit
-def _descend(dynamics, window, lr, steps, every, metrics, project, progress):
-    def snapshot(window):
+def _descend(
+    dynamics: Dynamics, window: Window, lr: PyTree, recorder: Recorder
+) -> Trajectory:
+    def snapshot(window: Window) -> Snapshot:
         return Snapshot(
             step=window.step,
             centre=midpoint(window),
@@ -48,25 +88,20 @@ def _descend(dynamics, window, lr, steps, every, metrics, project, progress):
             amplitude=optax.tree.norm(alternating(window).params),
         )
 
-    def advance(window):
+    def advance(window: Window) -> Advance:
         def one(_, carry):
-            window, alive, count = carry
+            window, ok, calls = carry
             new = slide(dynamics, window, lr)
+            calls += jnp.astype(ok, calls.dtype)
             # Only the newest state can be the first that is not finite.
-            ok = alive & _finite(jax.tree.map(lambda x: x[-1], new.states))
-            window = optax.tree.where(ok, new, window)
-            return window, ok, count + jnp.astype(alive, count.dtype)
+            ok &= jnp.isfinite(optax.tree.norm(new.at(REACH)))
+            return optax.tree.where(ok, new, window), ok, calls
 
-        count = jnp.zeros((), jnp.int32)
-        ok = jnp.asarray(True)
-        window, ok, count = jax.lax.fori_loop(0, every, one, (window, ok, count))
-        # The window ends ahead of the step it stands for.
-        return window, ok, window.step + REACH + 1, count
+        before = (window, jnp.asarray(True), jnp.zeros_like(window.step))
+        window, ok, calls = jax.lax.fori_loop(0, recorder.every, one, before)
+        return Advance(window, ok, window.step + REACH + 1, calls)
 
-    count = steps // every
-    return _record(
-        window, snapshot, advance, lr, count, every, metrics, project, progress
-    )
+    return recorder.record(window, snapshot, advance, lr)
 
 
 def integrate(
@@ -80,11 +115,47 @@ def integrate(
     controller: diffrax.AbstractStepSizeController | None = None,
     every: int = 1,
     metrics: Sequence[Metric] = (),
-    project: Callable[[PyTree], PyTree] = lambda params: params,
+    project: Callable[[PyTree], PyTree] = everything,
     key: Array | None = None,
     progress: Progress | None = None,
 ) -> Trajectory:
-    _check_steps(steps, every)
+    """Solve a flow with diffrax, saving at whole optimizer steps.
+
+    The function compiles once for a flow and shapes; `lr` is data, so a grid of
+    learning rates goes through one compilation, in a loop or under `jax.vmap`.
+
+    **Arguments**
+
+    - `flow`: from `rodjax.flows`; build it once and keep it, since a new one compiles
+      anew.
+    - `start`: parameters, for a flow from scratch, or a `Window` of a run.
+    - `steps`, `every`, `metrics`, `project`, `progress`: as for `descend`.
+    - `lr`: the learning rate if the flow's dynamics take one.
+    - `solver`: any diffrax solver of ODEs; Heun by default.
+    - `substeps`: solver steps to an optimizer step; 4 is safe with Heun.
+    - `controller`: a diffrax step size controller; constant steps by default.
+      An adaptive one starts afresh at every saved moment.
+    - `key`: of what the flow draws at random; `jax.random.key(0)` if `None`.
+
+    **Returns** a `Trajectory`. A lane whose state stops being finite (or outgrows the
+    square root of the largest float, or whose controller gives up) is frozen and says
+    so in `diverged_at`; others go on.
+
+    **Raises** `ValueError` on `substeps` below 1, on a `steps` that is not a positive
+    multiple of `every`, and what the flow and its dynamics say of their arguments.
+
+    ```python
+    >>> import jax, jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd, lambda w: 0.5 * jnp.sum(w**2))
+    >>> flow = rj.flows.modulated(sgd)
+    >>> solve = lambda lr: rj.integrate(flow, jnp.ones(2), steps=5, lr=lr)
+    >>> paths = jax.vmap(solve)(jnp.array([0.1, 0.2, 0.3]))
+    >>> paths.metrics["loss"].shape
+    (3, 6)
+
+    ```
+    """
+    recorder = _recorder(flow.dynamics, steps, every, metrics, project, progress)
     if substeps < 1:
         raise ValueError(f"substeps must be at least 1, got {substeps}")
     params = start.at(0).params if isinstance(start, Window) else start
@@ -93,135 +164,91 @@ def integrate(
         start,
         flow.dynamics.cast(params, lr),
         jax.random.key(0) if key is None else key,
-        steps,
-        every,
+        recorder,
         substeps,
         diffrax.Heun() if solver is None else solver,
         diffrax.ConstantStepSize() if controller is None else controller,
-        (losses(flow.dynamics.loss), *metrics),
-        project,
-        progress,
     )
 
 
 @eqx.filter_jit
 def _integrate(
-    flow,
-    start,
-    lr,
-    key,
-    steps,
-    every,
-    substeps,
-    solver,
-    controller,
-    metrics,
-    project,
-    progress,
-):
-    dtype = jnp.result_type(float)
-    first = start.step if isinstance(start, Window) else jnp.zeros((), dtype)
+    flow: Flow,
+    start: PyTree | Window,
+    lr: PyTree,
+    key: Array,
+    recorder: Recorder,
+    substeps: int,
+    solver: diffrax.AbstractSolver,
+    controller: diffrax.AbstractStepSizeController,
+) -> Trajectory:
+    first = start.step if isinstance(start, Window) else jnp.asarray(0.0)
     y0 = flow.init(start, lr, key)
     big = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(y0))).max) ** 0.5
-    term = diffrax.ODETerm(flow.vector_field)
-    per_step, per_interval = _stages(solver)
+    per_step, per_solve = _stages(solver)
 
-    def broken(t, y, args, **kwargs):
+    def unbounded(y) -> Array:
         return ~(optax.tree.norm(y) < big)
 
-    def snapshot(moment):
+    def snapshot(moment) -> Snapshot:
         t, y = moment
         centre, ends = flow.centre(y), flow.ends(y)
-        apart = jax.tree.map(lambda e, c: e - c, ends, centre.params)
+        apart = jax.tree.map(lambda e, c: e - c[None], ends, centre.params)
         count = jax.tree.leaves(ends)[0].shape[0]
         amplitude = optax.tree.norm(apart) / count**0.5
         return Snapshot(t + flow.offset, centre, ends, amplitude)
 
-    def advance(moment):
+    def advance(moment) -> Advance:
         t, y = moment
-        sol = diffrax.diffeqsolve(
-            term,
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(flow.vector_field),
             solver,
             t0=t,
-            t1=t + every,
+            t1=t + recorder.every,
             dt0=1.0 / substeps,
             y0=y,
             args=lr,
+            saveat=diffrax.SaveAt(t1=True),
             stepsize_controller=controller,
-            event=diffrax.Event(broken),
-            max_steps=4096 * every,
+            event=diffrax.Event(lambda t, y, args, **_: unbounded(y)),
+            max_steps=recorder.every * max(4096, substeps),
             throw=False,
         )
-        new = jax.tree.map(lambda x: x[-1], sol.ys)
-        ok = (sol.result == diffrax.RESULTS.successful) & ~broken(None, new, None)
-        moment = optax.tree.where(ok, (t + every, new), (t, y))
-        calls = sol.stats["num_steps"] * per_step + per_interval
-        return moment, ok, jnp.ceil(sol.ts[-1]), calls * flow.evaluations
+        end, new = jax.tree.map(lambda x: x[-1], (solution.ts, solution.ys))
+        ok = (solution.result == diffrax.RESULTS.successful) & ~unbounded(new)
+        calls = solution.stats["num_steps"] * per_step + per_solve
+        calls = jnp.astype(calls * flow.evaluations, t.dtype)
+        return Advance((t + recorder.every, new), ok, jnp.ceil(end), calls)
 
-    count = steps // every
-    path = _record(
-        (first, y0), snapshot, advance, lr, count, every, metrics, project, progress
-    )
+    path = recorder.record((first, y0), snapshot, advance, lr)
     return path._replace(final=path.final[1])
 
 
-def _record(state, snapshot, advance, lr, count, every, metrics, project, progress):
-    """Scan `advance` and save a projected snapshot at the start and after each."""
-
-    def save(state, carries, ok):
-        seen = snapshot(state)
-        values, new = {}, []
-        for metric, carry in zip(metrics, carries, strict=True):
-            named, carry = metric.update(seen, carry, lr)
-            values |= named
-            new.append(carry)
-        if progress is not None:
-            jax.debug.callback(progress, seen.step, values["loss"])
-        kept = (project(seen.centre.params), jax.vmap(project)(seen.ends), values)
-        kept = jax.tree.map(lambda x: jnp.where(ok, x, jnp.nan), kept)
-        return kept, tuple(new)
-
-    def body(carry, _):
-        state, carries, diverged_at, evaluations = carry
-        alive = jnp.isnan(diverged_at)
-        new, ok, at, calls = advance(state)
-        ok &= alive
-        state = optax.tree.where(ok, new, state)
-        diverged_at = jnp.where(alive & ~ok, at, diverged_at)
-        evaluations += jnp.where(alive, calls, 0)
-        saved, carries = save(state, carries, ok)
-        return (state, carries, diverged_at, evaluations), saved
-
-    seen = snapshot(state)
-    carries = tuple(metric.init(seen, lr) for metric in metrics)
-    first, carries = save(state, carries, jnp.asarray(True))
-    nan, zero = jnp.full((), jnp.nan, seen.step.dtype), jnp.zeros((), seen.step.dtype)
-    (state, _, diverged_at, evaluations), rest = jax.lax.scan(
-        body, (state, carries, nan, zero), length=count
-    )
-    saved = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rest)
-    step_of = seen.step + every * jnp.arange(count + 1, dtype=seen.step.dtype)
-    return Trajectory(step_of, *saved, state, evaluations, diverged_at)
-
-
-def _finite(tree: PyTree) -> Array:
-    return jnp.isfinite(optax.tree.norm(tree))
-
-
 def _stages(solver: diffrax.AbstractSolver) -> tuple[float, float]:
-    """Vector-field evaluations per step, and once per solve, of an explicit solver."""
+    """Vector-field evaluations of an explicit solver: per step, and once per solve."""
     if isinstance(solver, diffrax.Euler):
         return 1, 0
     if isinstance(solver, diffrax.AbstractERK):
-        reused = int(solver.tableau.fsal)
-        return solver.tableau.num_stages - reused, reused
-    return jnp.nan, 0
+        tableau = solver.tableau
+        assert isinstance(tableau, diffrax.ButcherTableau)
+        reused = int(tableau.fsal)
+        return tableau.num_stages - reused, reused
+    return float("nan"), 0
 
 
-def _check_steps(steps: int, every: int) -> None:
+def _recorder(
+    dynamics: Dynamics,
+    steps: int,
+    every: int,
+    metrics: Sequence[Metric],
+    project: Callable[[PyTree], PyTree],
+    progress: Progress | None,
+) -> Recorder:
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
     if steps < 1 or steps % every:
         raise ValueError(
-            f"steps must be a positive multiple of every ({every}), got {steps}"
+            f"steps must be a positive multiple of every={every}, got {steps}"
         )
+    metrics = (losses(dynamics.loss), *metrics)
+    return Recorder(steps // every, every, metrics, project, progress)

@@ -73,6 +73,4 @@ def ringing(dynamics: Dynamics, window: Window, lr: PyTree = None) -> Ringing:
     ratio = jnp.clip(pair.value, 0.0, 1.0)
     amplitude = top**ratio * everywhere ** (1.0 - ratio)
     decay = jnp.abs(alternating_multiplier(dynamics, state, lr, HALF_WAY))
-    return Ringing(
-        jnp.astype(amplitude, dtype), jnp.astype(jnp.log(decay), dtype)
-    )
+    return Ringing(jnp.astype(amplitude, dtype), jnp.astype(jnp.log(decay), dtype))

@@ -137,7 +137,7 @@ def unit_preconditioner(state: State) -> State:
 
 
 def alternating_multiplier(
-    dynamics: Dynamics, state: State, lr: PyTree, ratio: Float[Array, ""]
+    dynamics: Dynamics, state: State, lr: PyTree, ratio: Float[Array, ""] | float
 ) -> Array:
     """The complex factor by which the mode at `ratio` of its threshold is multiplied.
 

@@ -5,9 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.dynamics import Loss, State
+
+Progress = Callable[[Array, Array], None]
 
 
 class Snapshot(NamedTuple):
@@ -17,7 +20,8 @@ class Snapshot(NamedTuple):
     - `centre`: the optimizer state at the centre: a run's second-order midpoint.
     - `ends`: parameters with a leading axis, the points between which the iterates
       jump: a run's w[t] and w[t+1].
-    - `amplitude`: size of the oscillation of the parameters about the centre, [].
+    - `amplitude`: size of the oscillation of the parameters about the centre, []: for
+      a run the norm of its alternating part.
     """
 
     step: Float[Array, ""]
@@ -64,8 +68,85 @@ class Trajectory(NamedTuple):
     diverged_at: Float[Array, "*batch"]
 
 
+class Advance(NamedTuple):
+    """The outcome of going from one saved moment to the next.
+
+    - `state`: the new state; `ok`: whether all of it is finite.
+    - `step`: where it stopped being so; `calls`: update-map evaluations spent.
+    """
+
+    state: Any
+    ok: Array
+    step: Array
+    calls: Array
+
+
+class Recorder(NamedTuple):
+    """What to save of a trajectory, and how often."""
+
+    moments: int
+    every: int
+    metrics: tuple[Metric, ...]
+    project: Callable[[PyTree], PyTree]
+    progress: Progress | None
+
+    def record(
+        self,
+        state: Any,
+        snapshot: Callable[[Any], Snapshot],
+        advance: Callable[[Any], Advance],
+        lr: PyTree,
+    ) -> Trajectory:
+        """Scan `advance`, saving a projected snapshot at the start and after each.
+
+        Once an advance fails the lane is frozen at its last finite state: it costs
+        nothing to the others, and what it saves from there on is NaN.
+        """
+
+        def save(state, carries, ok):
+            seen = snapshot(state)
+            values, new = {}, []
+            for metric, carry in zip(self.metrics, carries, strict=True):
+                named, following = metric.update(seen, carry, lr)
+                values |= named
+                new.append(following)
+            if self.progress is not None:
+                jax.debug.callback(self.progress, seen.step, values["loss"])
+            ends = jax.vmap(self.project)(seen.ends)
+            kept = (self.project(seen.centre.params), ends, values)
+            return jax.tree.map(lambda x: jnp.where(ok, x, jnp.nan), kept), tuple(new)
+
+        def body(carry, _):
+            state, carries, diverged_at, evaluations = carry
+            alive = jnp.isnan(diverged_at)
+            new = advance(state)
+            ok = new.ok & alive
+            state = optax.tree.where(ok, new.state, state)
+            diverged_at = jnp.where(alive & ~ok, new.step, diverged_at)
+            evaluations += jnp.where(alive, new.calls, 0)
+            saved, carries = save(state, carries, ok)
+            return (state, carries, diverged_at, evaluations), saved
+
+        seen = snapshot(state)
+        carries = tuple(metric.init(seen, lr) for metric in self.metrics)
+        first, carries = save(state, carries, jnp.asarray(True))
+        never, none = jnp.full_like(seen.step, jnp.nan), jnp.zeros_like(seen.step)
+        (state, _, diverged_at, evaluations), rest = jax.lax.scan(
+            body, (state, carries, never, none), length=self.moments
+        )
+        saved = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rest)
+        later = self.every * jnp.arange(self.moments + 1, dtype=seen.step.dtype)
+        params, ends, values = saved
+        return Trajectory(
+            seen.step + later, params, ends, values, state, evaluations, diverged_at
+        )
+
+
 def losses(loss: Loss) -> Metric:
-    """`loss` at the centre, `mean_loss` over the ends, and `amplitude`."""
+    """`loss` at the centre, `mean_loss` over the ends, and `amplitude`.
+
+    Of a flow `mean_loss` is the predicted time average of the loss.
+    """
 
     def update(snapshot, carry, lr):
         values = {

@@ -50,15 +50,15 @@ def modulated(
     **Arguments**
 
     - `dynamics`: from `rodjax.dynamics`.
-    - `bea`: correct the field f by backward error analysis, $f(y - f(y)/2)$ in place of
-      $f(y)$; four evaluations of Phi in place of two. Along delta, the half is replaced
-      by $k(\sigma) = (\sigma - \log(1 + \sigma))/\sigma^2 = 1/2 - \sigma/3 + \dots$ with
-      sigma the growth rate of delta, so that its growth is exact however violent the
-      onset.
-    - `seed`: the least size of delta relative to the parameters' norm, in the norm of
-      the parameters; `None` for the dtype's epsilon, which is what rounding gives a real
-      run; 0 for none. Below it delta is pushed out along itself. With momentum the floor
-      is what the run still carries (`ringing`), if that is more.
+    - `bea`: correct the field f by backward error analysis, $f(y - f(y)/2)$ in place
+      of $f(y)$; four evaluations of Phi in place of two. Along delta, the half is
+      replaced by $k(\sigma) = (\sigma - \log(1 + \sigma))/\sigma^2 = 1/2 - \sigma/3 +
+      \dots$ with sigma the growth rate of delta, so that its growth is exact however
+      violent the onset.
+    - `seed`: the least size of delta in the parameters, relative to their norm; `None`
+      for the dtype's epsilon, which is what rounding gives a real run; 0 for none.
+      Below it delta is pushed out along itself. With momentum the floor is what the
+      run still carries (`rodjax.ringing`), if that is more.
 
     **Starting points.** From scratch: c = w0 and delta a random vector of the seed's
     size. From a window: c its second-order midpoint, delta its alternating part.

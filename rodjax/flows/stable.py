@@ -21,7 +21,7 @@ def stable(dynamics: Dynamics) -> Flow:
     >>> import jax.numpy as jnp, optax, rodjax as rj
     >>> sgd = rj.dynamics(optax.sgd(0.1), lambda w: 0.5 * jnp.sum(w**2))
     >>> path = rj.integrate(rj.flows.stable(sgd), jnp.array([1.0]), steps=10)
-    >>> bool(abs(path.params[-1, 0] - jnp.exp(-1.0)) < 1e-5)
+    >>> bool(abs(path.params[-1, 0] - jnp.exp(-1.0)) < 1e-4)
     True
 
     ```
