@@ -89,11 +89,11 @@ def coordinate_thresholds(
     free, response = linearize(dynamics, state, lr)
 
     def root(free, response):
-        shifted = free + jnp.eye(free.shape[-1], dtype=free.dtype)
-        slope = jnp.linalg.det(shifted.at[..., 0].set(response))
+        shifted = free + jnp.eye(len(response), dtype=free.dtype)
+        slope = jnp.linalg.det(shifted.at[:, 0].set(response))
         return -jnp.linalg.det(shifted) / slope
 
-    return jax.tree.map(root, free, response)
+    return jax.tree.map(jnp.vectorize(root, signature="(n,n),(n)->()"), free, response)
 
 
 def threshold(

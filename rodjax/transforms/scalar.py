@@ -23,7 +23,8 @@ class ScaleByScalarRmsWithCountState(NamedTuple):
     """State of :func:`scale_by_scalar_rms` with bias correction.
 
     ``count`` (int or float, shape ``()``) is the number of optimizer steps taken,
-    ``nu`` (shape ``()``) the scalar second moment. Optax has the like but does not export it.
+    ``nu`` (shape ``()``) the scalar second moment. Optax has the like but does
+    not export it.
 
     Example:
         >>> import jax.numpy as jnp
