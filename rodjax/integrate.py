@@ -18,7 +18,6 @@ from rodjax.trajectory import (
     Recorder,
     Snapshot,
     Trajectory,
-    losses,
 )
 from rodjax.window import REACH, Window, alternating, midpoint, slide, warm_up
 
@@ -250,5 +249,6 @@ def _recorder(
         raise ValueError(
             f"steps must be a positive multiple of every={every}, got {steps}"
         )
-    metrics = (losses(dynamics.loss), *metrics)
-    return Recorder(steps // every, every, metrics, project, progress)
+    return Recorder(
+        dynamics.loss, steps // every, every, tuple(metrics), project, progress
+    )

@@ -82,8 +82,12 @@ class Advance(NamedTuple):
 
 
 class Recorder(NamedTuple):
-    """What to save of a trajectory, and how often."""
+    """What to save of a trajectory, and how often.
 
+    All of it is static under jit: two that are equal share a compilation.
+    """
+
+    loss: Loss
     moments: int
     every: int
     metrics: tuple[Metric, ...]
@@ -103,10 +107,12 @@ class Recorder(NamedTuple):
         nothing to the others, and what it saves from there on is NaN.
         """
 
+        metrics = (losses(self.loss), *self.metrics)
+
         def save(state, carries, ok):
             seen = snapshot(state)
             values, new = {}, []
-            for metric, carry in zip(self.metrics, carries, strict=True):
+            for metric, carry in zip(metrics, carries, strict=True):
                 named, following = metric.update(seen, carry, lr)
                 values |= named
                 new.append(following)
@@ -128,7 +134,7 @@ class Recorder(NamedTuple):
             return (state, carries, diverged_at, evaluations), saved
 
         seen = snapshot(state)
-        carries = tuple(metric.init(seen, lr) for metric in self.metrics)
+        carries = tuple(metric.init(seen, lr) for metric in metrics)
         first, carries = save(state, carries, jnp.asarray(True))
         never, none = jnp.full_like(seen.step, jnp.nan), jnp.zeros_like(seen.step)
         (state, _, diverged_at, evaluations), rest = jax.lax.scan(

@@ -71,7 +71,7 @@ def test_dtype_of_parameters_loss_and_gradient(name, dtype):
 
 @pytest.mark.parametrize("name", ALL)
 def test_unfit_dtype_is_named(name):
-    with pytest.raises(ValueError, match="dtype=.*floating"):
+    with pytest.raises(ValueError, match=r"dtype=.*floating"):
         ALL[name](dtype="int32")
 
 
@@ -114,49 +114,59 @@ def test_quartic_well_settles_on_its_two_cycle(eta):
     np.testing.assert_allclose(jax.hessian(problem.loss)(jnp.zeros(())), 2.5)
 
 
-ETA, EDGE = 0.3, 2 / 0.3
+ETA, EPS = 0.3, 0.01
 
 
-@pytest.mark.parametrize(
-    ("start", "swing"), [((0.1, 6.5), 0.45), ((math.sqrt(0.02), EDGE), 0.01)]
-)
-def test_berthier_started_near_the_edge_stays_there(start, swing):
-    problem = berthier(start=start)
-    path = descend(problem, problem.params, ETA, 1200)
-    assert float(jnp.abs(path["y"] - EDGE).max()) < swing
+def berthier_cycle(zeta):
+    return {"x": math.sqrt(2 * EPS), "y": 2 / ETA + 2 * EPS * zeta}
 
 
-def test_berthier_started_on_the_cycle_oscillates_with_the_predicted_size():
-    problem = berthier(start=(math.sqrt(0.02), EDGE))
-    x = descend(problem, problem.params, ETA, 1200)["x"]
-    assert bool(jnp.all(x[1:] * x[:-1] < 0))
-    assert float(jnp.mean(x**2)) == pytest.approx(0.02, rel=0.01)
-
-
-def test_berthier_sharpens_then_hovers_around_the_edge():
-    problem = berthier()
-    path = descend(problem, problem.params, ETA, 20000)
-    # Sharpening by eta eps per step brings y from 5 to 2 / eta in 556 steps.
-    assert int(jnp.argmax(path["y"] > EDGE)) + 1 == math.ceil((EDGE - 5) / (ETA * 0.01))
-    late = jax.tree.map(lambda v: v[2000:], path)
-    assert 5 < float(late["y"].min()) < EDGE < float(late["y"].max()) < 8
-    assert float(late["y"].mean()) == pytest.approx(EDGE, rel=0.04)
-    assert float(jnp.mean(late["x"] ** 2)) == pytest.approx(2 * 0.01, rel=0.08)
-
-
-def test_berthier_two_cycle():
-    eps = 0.01
-    problem = berthier(eps=eps, zeta=0.0, start=(math.sqrt(2 * eps), EDGE))
+@pytest.mark.parametrize("zeta", [0.0, 0.5, 1.0, 3.0])
+def test_berthier_two_cycle(zeta):
+    cycle = berthier_cycle(zeta)
+    problem = berthier(eps=EPS, zeta=zeta, start=(cycle["x"], cycle["y"]))
     path = descend(problem, problem.params, ETA, 6)
-    np.testing.assert_allclose(path["y"], EDGE, rtol=1e-6)
-    alternating = math.sqrt(2 * eps) * (-1.0) ** np.arange(1, 7)
+    np.testing.assert_allclose(path["y"], cycle["y"], rtol=1e-6)
+    alternating = cycle["x"] * (-1.0) ** np.arange(1, 7)
     np.testing.assert_allclose(path["x"], alternating, rtol=1e-5)
 
 
-def test_berthier_y_is_the_sharpness_of_x():
-    problem = berthier(start=(0.3, 4.0))
+@pytest.mark.parametrize("zeta", [0.0, 0.5, 1.0, 3.0])
+def test_berthier_two_cycle_attracts_above_half_eta(zeta):
+    problem = berthier(eps=EPS, zeta=zeta)
+
+    def step(w):
+        return w - ETA * jnp.stack(jax.grad(lambda v: problem.loss(as_dict(v)))(w))
+
+    as_dict = lambda v: {"x": v[0], "y": v[1]}
+    point = jnp.array(list(berthier_cycle(zeta).values()))
+    two_steps = jax.jacobian(lambda w: step(step(w)))(point)
+    # A complex pair: both factors over two steps have the same modulus.
+    moduli = np.abs(np.linalg.eigvals(np.asarray(two_steps)))
+    np.testing.assert_allclose(moduli, 1 - 2 * EPS * ETA * (2 * zeta - ETA), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("zeta", "off"), [(1.0, 0.01), (3.0, 1e-6)])
+def test_berthier_started_near_the_edge_ends_on_its_cycle(zeta, off):
+    problem = berthier(eps=EPS, zeta=zeta, start=(0.1, 6.5))
+    path = descend(problem, problem.params, ETA, 1200)
+    cycle = berthier_cycle(zeta)
+    np.testing.assert_allclose(path["x"][-2:] ** 2, cycle["x"] ** 2, rtol=off)
+    np.testing.assert_allclose(path["y"][-2:], cycle["y"], rtol=off)
+    assert float(path["x"][-1] * path["x"][-2]) < 0
+
+
+def test_berthier_without_a_kick_only_sharpens():
+    problem = berthier(eps=EPS)
+    path = descend(problem, problem.params, ETA, 1000)
+    assert float(jnp.abs(path["x"]).max()) == 0
+    np.testing.assert_allclose(path["y"][-1], 5 + 1000 * ETA * EPS, rtol=1e-5)
+
+
+def test_berthier_curvature():
+    problem = berthier(zeta=2.0, start=(0.3, 4.0))
     hessian = jax.hessian(problem.loss)(problem.params)
-    np.testing.assert_allclose(hessian["x"]["x"], 4.0)
+    np.testing.assert_allclose(hessian["x"]["x"], 4.0 - 3 * 2.0 * 0.3**2, rtol=1e-6)
     np.testing.assert_allclose(hessian["x"]["y"], 0.3, rtol=1e-6)
     np.testing.assert_allclose(hessian["y"]["y"], 0.0)
 

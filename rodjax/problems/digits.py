@@ -1,6 +1,7 @@
 """Handwritten digits, and a small MLP to fit them at the edge of stability."""
 
 import itertools
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Literal, cast
@@ -158,14 +159,24 @@ def digits_mlp(
         raise ImportError("digits_mlp needs flax: pip install 'rodjax[data]'.") from (
             error
         )
-    init = nnx.initializers.variance_scaling(WEIGHT_SCALE**2, "fan_in", "normal")
-    rngs = nnx.Rngs(seed)
+
+    def init(key, shape, dtype):
+        return WEIGHT_SCALE / math.sqrt(shape[0]) * jax.random.normal(key, shape, dtype)
+
+    key, rngs = jax.random.key(seed), nnx.Rngs(seed)
     sizes = (PIXELS, *widths, CLASSES)
     layers = []
     for fan_in, fan_out in itertools.pairwise(sizes):
+        # Keys of our own, so that the problem is the same with every version of flax.
+        key, own = jax.random.split(key)
         # dtype too: without it flax would compute in what it infers.
         linear = nnx.Linear(
-            fan_in, fan_out, kernel_init=init, param_dtype=dtype, dtype=dtype, rngs=rngs
+            fan_in,
+            fan_out,
+            kernel_init=lambda _, shape, dtype, own=own: init(own, shape, dtype),
+            param_dtype=dtype,
+            dtype=dtype,
+            rngs=rngs,
         )
         layers += [linear, function]
     graph, state = nnx.split(nnx.Sequential(*layers[:-1]), nnx.Param)

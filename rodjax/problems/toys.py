@@ -149,23 +149,21 @@ def berthier(
 ) -> Problem:
     """A minimal example of progressive sharpening and self-stabilization.
 
-    ``L(x, y) = y x^2 / 2 - eps (y + zeta x)``; ``y`` is the sharpness of the direction
-    ``x``. Per optimizer step of gradient descent (learning rate ``eta``) the slow
-    forcing raises ``y`` by ``eta eps`` (progressive sharpening) and the oscillation
-    of ``x`` lowers it by ``eta x^2 / 2``; ``eps zeta`` keeps ``x`` off 0. So ``y``
-    hovers around ``2 / eta`` with ``x^2 = 2 eps`` on average. Exactly so on a cycle of
-    two steps (for ``zeta = 0``), which is weakly unstable: ``y`` swings about it, and
-    swings grow by ``1 + eta^2 eps`` per step at first, then stay bounded.
+    ``L(x, y) = y x^2 / 2 - zeta x^4 / 4 - eps y``; ``y`` is the sharpness of the
+    direction ``x``, a quartic well. Per optimizer step of gradient descent (learning
+    rate ``eta``) the slow forcing raises ``y`` by ``eta eps`` (progressive sharpening)
+    and the oscillation of ``x`` lowers it by ``eta x^2 / 2``. The cycle of two steps
+    ``x = +-sqrt(2 eps)``, ``y = 2 / eta + 2 eps zeta`` balances both exactly. Small
+    swings about it are multiplied by ``sqrt(1 - 2 eps eta (2 zeta - eta))`` per step:
+    it attracts for ``zeta > eta / 2`` and weakly repels for ``zeta = 0``.
 
-    From far below the edge ``x`` loses its oscillation down to rounding errors, so
-    that the first swing depends on the precision (``eta = 0.3``, default start: ``y``
-    up to 7.6 in float64, 7.3 in float32, the edge being 6.67). Start near the edge,
-    e.g. ``(0.1, 6.5)``, for a trajectory that does not (``y`` in 6.25 to 7.02 for 1200
-    steps).
+    The loss is unbounded below: wide swings of ``x`` escape. At exactly ``x = 0``, as
+    by default, gradient descent never oscillates and ``y`` rises for ever; to compare
+    with it start near the edge, e.g. at ``(0.1, 6.5)`` for ``eta = 0.3``.
 
     Args:
         eps: the forcing, positive.
-        zeta: the tilt relative to the forcing.
+        zeta: strength of the quartic term; the stabilization wants it positive.
         start: the initial ``(x, y)``.
         dtype: of the parameters; None for JAX's default float.
 
@@ -179,8 +177,8 @@ def berthier(
 
     Example:
         >>> problem = berthier(start=(2.0, 5.0))
-        >>> round(float(problem.loss(problem.params)), 4)  # 5 * 4 / 2 - 0.01 * 7
-        9.93
+        >>> round(float(problem.loss(problem.params)), 4)  # 5 * 4/2 - 16/4 - 0.01 * 5
+        5.95
     """
     dtype = float_dtype(dtype)
     _check_positive("eps", eps)
@@ -189,10 +187,10 @@ def berthier(
 
     def loss(params):
         x, y = params["x"], params["y"]
-        return y * x**2 / 2 - eps * (y + zeta * x)
+        return y * x**2 / 2 - zeta * x**4 / 4 - eps * y
 
     x, y = (jnp.asarray(v, dtype) for v in start)
-    return Problem("berthier (reconstructed)", loss, {"x": x, "y": y})
+    return Problem("berthier", loss, {"x": x, "y": y})
 
 
 def factorization(

@@ -1,0 +1,111 @@
+"""What the command line can name: problems, optimizers, flows, solvers."""
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import diffrax
+import optax
+
+from rodjax import flows, problems, transforms
+from rodjax.dynamics import Dynamics, OptimizerFactory
+from rodjax.flows import Flow
+
+PROBLEMS: Mapping[str, Callable[..., problems.Problem]] = {
+    "digits-mlp": problems.digits_mlp,
+    "quadratic": partial(problems.quadratic, (1.0, 0.3, 0.1, 0.03), seed=0),
+    "quartic-well": partial(problems.quartic_well, start=0.1),
+    # Far below the edge the oscillation would die out to exactly zero.
+    "berthier": partial(problems.berthier, start=(0.1, 6.5)),
+    "factorization": partial(problems.factorization, (4, 4, 4), (2.0, 1.0, 0.5, 0.2)),
+    "scalar-factorization": problems.scalar_factorization,
+}
+
+# The nine optimizers of the rod-flow papers; any other name is looked up in Optax.
+OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
+    "gd": optax.sgd,
+    "heavy-ball": partial(optax.sgd, momentum=0.9),
+    "nesterov": partial(optax.sgd, momentum=0.9, nesterov=True),
+    "rmsprop": optax.rmsprop,
+    "scalar-rmsprop": transforms.scalar_rmsprop,
+    "adam": optax.adam,
+    "scalar-adam": transforms.scalar_adam,
+    "nadam": optax.nadam,
+    "scalar-nadam": transforms.scalar_nadam,
+}
+
+FLOWS = ("stable", "rod", "modulated")
+
+
+def problem(name: str, dtype: Any) -> problems.Problem:
+    """The named problem. Raises `ValueError` for an unknown one."""
+    if name not in PROBLEMS:
+        raise ValueError(f"--problem {name}: choose from {', '.join(PROBLEMS)}")
+    return PROBLEMS[name](dtype=dtype)
+
+
+def optimizer(name: str, settings: Mapping[str, Any]) -> OptimizerFactory:
+    """A function from the learning rate to the named Optax optimizer.
+
+    **Raises** `ValueError` for a name that neither the table nor Optax has, and for a
+    setting that its constructor does not take.
+    """
+    build = OPTIMIZERS.get(name)
+    if build is None:
+        build = getattr(optax, name, None) or getattr(optax.contrib, name, None)
+    if not callable(build) or "learning_rate" not in _parameters(build):
+        raise ValueError(
+            f"--optimizer {name}: choose from {', '.join(OPTIMIZERS)}, or name an "
+            "optimizer of Optax that takes a learning_rate"
+        )
+    known = _parameters(build) - {"learning_rate"}
+    for setting in settings:
+        if setting not in known:
+            raise ValueError(
+                f"--set {setting}=...: {name} takes {', '.join(sorted(known))}"
+            )
+    return lambda lr: build(learning_rate=lr, **settings)
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Parse NAME=VALUE, the value a Python literal or else a string."""
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals and value):
+        raise ValueError(f"--set {text}: write NAME=VALUE, such as b2=0.99")
+    try:
+        return name, ast.literal_eval(value.capitalize() if value.isalpha() else value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def flow(name: str, dynamics: Dynamics, rank: int) -> Flow:
+    """The named flow of `dynamics`; `rank` is that of the rod."""
+    if name not in FLOWS:
+        raise ValueError(f"--flows {name}: choose from {', '.join(FLOWS)}")
+    if name == "rod":
+        return flows.rod(dynamics, rank=rank)
+    return getattr(flows, name)(dynamics)
+
+
+def solver(name: str) -> diffrax.AbstractSolver:
+    """The diffrax solver of this name, in any case."""
+    found = {
+        known.lower(): value
+        for known, value in vars(diffrax).items()
+        if inspect.isclass(value)
+        and issubclass(value, diffrax.AbstractSolver)
+        and not inspect.isabstract(value)
+    }
+    try:
+        return found[name.lower()]()
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"--solver {name}: name an explicit diffrax solver, such as heun, euler, "
+            "midpoint or tsit5"
+        ) from None
+
+
+def _parameters(build: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(build).parameters)

@@ -1,0 +1,280 @@
+"""What every flow promises, over all flows and nine optimizers in one table."""
+
+from functools import lru_cache, partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rodjax as rj
+from rodjax.flows import modulated, rod, stable
+from rodjax.transforms import scalar_adam, scalar_nadam, scalar_rmsprop
+
+OPTIMIZERS = {
+    "sgd": optax.sgd,
+    "momentum": partial(optax.sgd, momentum=0.9),
+    "nesterov": partial(optax.sgd, momentum=0.9, nesterov=True),
+    "rmsprop": optax.rmsprop,
+    "adam": optax.adam,
+    "nadam": optax.nadam,
+    "scalar_rmsprop": scalar_rmsprop,
+    "scalar_adam": scalar_adam,
+    "scalar_nadam": scalar_nadam,
+}
+# Those whose phase is the parameters alone.
+BARE = ("sgd", "rmsprop", "scalar_rmsprop")
+FLOWS = {
+    "stable": stable,
+    "rod": rod,
+    "rod plain": partial(rod, bea=False),
+    "bundle": partial(rod, rank=3),
+    "bundle plain": partial(rod, rank=3, bea=False),
+    "dense": partial(rod, dense=True),
+    "dense plain": partial(rod, dense=True, bea=False),
+    "modulated": modulated,
+    "modulated plain": partial(modulated, bea=False),
+}
+# Of d parameters and their momenta; the slow part is not alternating.
+PAIRS = [
+    (name, optimizer)
+    for name in FLOWS
+    for optimizer in OPTIMIZERS
+    if not name.startswith("bundle") or optimizer in BARE
+]
+table = pytest.mark.parametrize("name, optimizer", PAIRS)
+# One optimizer per flow where a check compiles the whole solve.
+SOLVED = [
+    ("stable", "rmsprop"),
+    ("rod", "adam"),
+    ("bundle", "sgd"),
+    ("dense plain", "momentum"),
+    ("modulated", "nadam"),
+    ("modulated plain", "scalar_adam"),
+]
+DTYPES = jnp.dtype("float32"), jnp.dtype("float64")
+KEY = jax.random.key(3)
+RATES = jnp.array([0.002, 0.005, 0.01])
+calls = [0]
+
+
+def tilted_valley(params):
+    """Smooth, not quadratic, in a pytree of two leaves of different rank."""
+    calls[0] += 1
+    a, b = params["a"], params["b"]
+    curvature = jnp.array([3.0, 1.0, 0.5], a.dtype)
+    return 0.5 * a @ (curvature * a) + jnp.cosh(jnp.sum(a) - b) + 0.1 * b**4
+
+
+def start(dtype=jnp.float64):
+    params = {"a": jnp.array([0.8, -0.6, 0.9], dtype), "b": jnp.array(1.1, dtype)}
+    return params
+
+
+@lru_cache
+def model(optimizer):
+    return rj.dynamics(OPTIMIZERS[optimizer], tilted_valley)
+
+
+@lru_cache
+def flow_of(name, optimizer):
+    return FLOWS[name](model(optimizer))
+
+
+@lru_cache
+def window_of(optimizer, dtype=jnp.float64):
+    return rj.warm_up(model(optimizer), start(dtype), steps=10, lr=0.005)
+
+
+@lru_cache
+def solver_of(name, optimizer):
+    """(lr, steps) -> the flow's state after Heun's steps of one, started at a window.
+
+    A bare loop: it compiles quickly, and refuses a field that is not like its state.
+    """
+    flow, begin = flow_of(name, optimizer), window_of(optimizer)
+
+    @jax.jit
+    @partial(jax.vmap, in_axes=(0, None))
+    def solve(lr, steps):
+        def heun(_, y):
+            first = flow.vector_field(0.0, y, lr)
+            second = flow.vector_field(1.0, optax.tree.add(y, first), lr)
+            return jax.tree.map(lambda a, f, g: a + 0.5 * (f + g), y, first, second)
+
+        y = flow.init(begin, lr, KEY)
+        return jax.lax.fori_loop(0, steps, heun, y)
+
+    return solve
+
+
+def unlike(a, b):
+    """Relative distance of two pytrees."""
+    return float(optax.tree.norm(optax.tree.sub(a, b)) / optax.tree.norm(b))
+
+
+def centres(name, optimizer, lr, steps):
+    y = solver_of(name, optimizer)(jnp.array([lr]), steps)
+    flow = flow_of(name, optimizer)
+    return jax.vmap(flow.centre)(y).params
+
+
+@table
+def test_field_is_like_the_state_in_both_precisions(name, optimizer):
+    flow = flow_of(name, optimizer)
+    for dtype in DTYPES:
+        lr = jnp.asarray(0.1, dtype)
+        for begin in (start(dtype), window_of(optimizer, dtype)):
+            y = jax.eval_shape(flow.init, begin, lr, KEY)
+            dy = jax.eval_shape(flow.vector_field, 0.0, y, lr)
+            chex.assert_trees_all_equal_shapes_and_dtypes(y, dy)
+            assert {leaf.dtype for leaf in jax.tree.leaves(y)} == {dtype}
+            centre = jax.eval_shape(flow.centre, y).params
+            chex.assert_trees_all_equal_shapes_and_dtypes(centre, start(dtype))
+            ends = jax.eval_shape(flow.ends, y)
+            each = jax.eval_shape(lambda e: jax.tree.map(lambda x: x[0], e), ends)
+            chex.assert_trees_all_equal_shapes_and_dtypes(each, start(dtype))
+
+
+@table
+def test_field_is_pure_and_vmaps_over_the_learning_rate(name, optimizer):
+    flow = flow_of(name, optimizer)
+    # A state that alternates, from a short run of the flow itself.
+    y = jax.tree.map(lambda x: x[0], solver_of(name, optimizer)(RATES[:1], 3))
+    field = jax.jit(jax.vmap(flow.vector_field, in_axes=(None, None, 0)))
+    batch, again = field(0.0, y, RATES), field(0.0, y, RATES)
+    chex.assert_tree_all_finite(batch)
+    chex.assert_trees_all_equal(batch, again)
+    for i in range(len(RATES)):
+        alone = field(0.0, y, RATES[i : i + 1])
+        same = lambda a, b, i=i: np.testing.assert_allclose(a[0], b[i], 1e-9, 1e-12)
+        jax.tree.map(same, alone, batch)
+    chex.assert_trees_all_equal(field(7.0, y, RATES), batch)  # autonomous
+
+
+@table
+def test_reduces_to_the_stable_flow(name, optimizer):
+    # Equal times lr * steps. What sets the flows apart is of first order in lr.
+    apart = [
+        unlike(
+            centres(name, optimizer, lr, steps),
+            centres("stable", optimizer, lr, steps),
+        )
+        for lr, steps in [(0.008, 40), (0.001, 320)]
+    ]
+    assert apart[0] < 0.1 and (name == "stable" or apart[1] < 0.5 * apart[0])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("name", FLOWS)
+def test_evaluations_are_those_made(name, optimizer):
+    if (name, optimizer) not in PAIRS:
+        return
+    count = [0]
+
+    def counted(params):
+        # Called at run time, and under vmap once for each of the batch.
+        jax.debug.callback(lambda _: count.__setitem__(0, count[0] + 1), params["b"])
+        return tilted_valley(params)
+
+    flow = FLOWS[name](rj.dynamics(OPTIMIZERS[optimizer], counted))
+    lr = jnp.asarray(0.01)
+    y = flow.init(window_of(optimizer), lr, KEY)
+    jax.effects_barrier()
+    before = count[0]
+    jax.block_until_ready(flow.vector_field(0.0, y, lr))
+    jax.effects_barrier()
+    assert count[0] - before == flow.evaluations
+
+
+@pytest.mark.parametrize("name, optimizer", SOLVED)
+def test_integrate_compiles_once_and_vmaps(name, optimizer):
+    flow = flow_of(name, optimizer)
+    begin = window_of(optimizer)
+    solve = lambda lr: rj.integrate(flow, begin, steps=4, lr=lr, substeps=2)
+    alone = [solve(float(RATES[0]))]
+    traced = calls[0]
+    alone += [solve(RATES[i]) for i in (1, 2)]
+    alone[0] = solve(RATES[0])
+    assert calls[0] == traced
+    once = jax.jit(chex.assert_max_traces(jax.vmap(solve), n=1))
+    batch = once(RATES)
+    chex.assert_trees_all_equal(once(RATES), batch)
+    once(2.0 * RATES)
+    chex.assert_tree_all_finite(batch._replace(diverged_at=0.0))
+    for i, path in enumerate(alone):
+        same = lambda a, b, i=i: np.testing.assert_allclose(a, b[i], 1e-9, 1e-11)
+        jax.tree.map(same, path, batch)
+    # The learning rate counts.
+    assert unlike(alone[0].params, alone[2].params) > 1e-3
+    # What is left can be gone on from.
+    more = jax.vmap(flow.vector_field, in_axes=(None, 0, 0))(0.0, batch.final, RATES)
+    chex.assert_trees_all_equal_shapes_and_dtypes(more, batch.final)
+
+
+@pytest.mark.parametrize("name, optimizer", PAIRS[::3])
+def test_float32_stays_float32(name, optimizer):
+    flow = flow_of(name, optimizer)
+    solve = lambda start: rj.integrate(flow, start, steps=2, lr=0.01)
+    path = jax.eval_shape(solve, start(DTYPES[0]))
+    kept = (path.params, path.ends, path.metrics, path.final)
+    assert {x.dtype for x in jax.tree.leaves(kept)} == {DTYPES[0]}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_strict_promotion(name):
+    flow = flow_of(name, "sgd")
+    for dtype in DTYPES:
+        begin = window_of("sgd", dtype)
+        lr = jnp.asarray(0.01, dtype)
+        with jax.numpy_dtype_promotion("strict"):
+            y = jax.eval_shape(flow.init, begin, lr, KEY)
+            jax.eval_shape(flow.vector_field, 0.0, y, lr)
+            jax.eval_shape(flow.init, start(dtype), lr, KEY)
+            jax.eval_shape(flow.ends, y)
+
+
+@pytest.mark.parametrize("name, optimizer", SOLVED)
+def test_no_leaked_tracers(name, optimizer):
+    # Not around diffrax: within a scan its first call alone trips this check.
+    flow = FLOWS[name](model(optimizer))
+
+    @jax.jit
+    @jax.vmap
+    def field(lr):
+        return flow.vector_field(0.0, flow.init(start(), lr, KEY), lr)
+
+    with jax.checking_leaks():
+        chex.assert_tree_all_finite(field(RATES))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_is_a_tuple_of_functions(name):
+    flow = flow_of(name, "sgd")
+    assert isinstance(flow, rj.flows.Flow) and flow.dynamics is model("sgd")
+    functions = flow.init, flow.vector_field, flow.centre, flow.ends
+    assert all(callable(function) for function in functions)
+    assert flow.offset == (0.5 if name.split()[0] in ("rod", "bundle", "dense") else 0)
+
+
+@pytest.mark.parametrize("optimizer", sorted(set(OPTIMIZERS) - set(BARE)))
+def test_bundle_refuses_momentum(optimizer):
+    flow = rod(model(optimizer), rank=2)
+    for begin in (start(), window_of(optimizer)):
+        with pytest.raises(ValueError, match="modulated"):
+            flow.init(begin, jnp.asarray(0.01), KEY)
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (partial(rod, rank=0), "rank must be at least 1"),
+        (partial(rod, rank=-2), "rank must be at least 1"),
+        (partial(modulated, seed=-1e-9), "seed must be at least 0"),
+    ],
+)
+def test_refuses_bad_options(build, message):
+    with pytest.raises(ValueError, match=message):
+        build(model("sgd"))
