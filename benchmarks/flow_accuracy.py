@@ -86,6 +86,11 @@ def measure(row: Row, seed: int, dtype: str) -> dict[str, float]:
     return found
 
 
+def ratios(found: Mapping[str, float], flow: str) -> str:
+    """Final / mean distance of `flow`, relative to the stable flow's."""
+    return f"{found[f'{flow} final']:.3f} / {found[f'{flow} mean']:.3f}"
+
+
 def line(cells: Iterable[str]) -> str:
     """A line of the table, as a Markdown row."""
     return "| " + " | ".join(cells) + " |"
@@ -112,10 +117,6 @@ def main() -> None:
         found = [measure(row, seed, dtype) for seed in range(options.seeds)]
         results[name] = found
         middle = {key: statistics.median(f[key] for f in found) for key in found[0]}
-        ratio = "{final:.3f} / {mean:.3f}".format
-        pair = lambda f, model: ratio(
-            **{p: f[f"{model} {p}"] for p in ("final", "mean")}
-        )
         medians = [
             f"{middle[key]:.3f}"
             for model in ("rod", "bundle")
@@ -125,9 +126,9 @@ def main() -> None:
             f"{name} {row.lr:g}, {row.start}+{row.steps}",
             f"{middle['max ratio of the run']:.2f}",
             f"{middle['stable final_distance']:.3f}",
-            pair(middle, "rod"),
-            pair(middle, "modulated"),
-            ", ".join(pair(f, "modulated") for f in found),
+            ratios(middle, "rod"),
+            ratios(middle, "modulated"),
+            ", ".join(ratios(f, "modulated") for f in found),
             ", ".join(medians),
         ]
         print(line(cells), flush=True)

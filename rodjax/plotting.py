@@ -65,7 +65,9 @@ def plot(
     ):
         axes.set_title(label, fontsize=10)
         axes.set_xlabel("optimizer steps")
-        if axes is not ratio:
+        drawn = [line.get_ydata() for line in axes.get_lines()]
+        # Where everything diverged at once there is nothing to scale.
+        if axes is not ratio and any(np.any(np.asarray(y) > 0) for y in drawn):
             axes.set_yscale("log")
     loss.legend()
     return figure

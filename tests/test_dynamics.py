@@ -1,6 +1,6 @@
 """The update map against plain Optax, and the split of its state."""
 
-from typing import Any, NamedTuple
+from collections import namedtuple
 
 import jax
 import jax.numpy as jnp
@@ -151,11 +151,8 @@ def test_user_keys_named_like_optax_fields_are_phase():
     assert names(state.slow) == {"[0].nu['nu']", "[0].nu['count']"}
 
 
-class Attributes(NamedTuple):
-    """Parameters with attributes for keys, as those of any module class."""
-
-    nu: Any
-    w: Any
+# Attributes for keys, as in any module class.
+Attributes = namedtuple("Attributes", ["nu", "w"])
 
 
 @pytest.mark.xfail(
@@ -206,7 +203,6 @@ def test_respond_to_the_gradient_is_the_update(name):
 KEY = jax.random.key(0)
 ERRORS = {
     "integer params": (lambda: optax.sgd(0.1), {"i": jnp.arange(2)}, r"params\['i'\]"),
-    "complex params": (lambda: optax.sgd(0.1), {"c": jnp.ones(1) * 1j}, r"\['c'\]"),
     "key in params": (lambda: optax.sgd(0.1), {"k": KEY}, r"params\['k'\]"),
     "empty params": (lambda: optax.sgd(0.1), {}, "params has no leaves"),
     "noise": (
@@ -229,11 +225,7 @@ def test_unfit_leaf_is_named(name):
 
 @pytest.mark.parametrize(
     "bad",
-    [
-        lambda p: p["b"],
-        lambda p: (loss(p), {"aux": 1.0}),
-        lambda p: jnp.argmax(p["b"]),
-    ],
+    [lambda p: p["b"], lambda p: (loss(p), {}), lambda p: jnp.argmax(p["b"])],
     ids=["vector", "auxiliary", "integer"],
 )
 def test_loss_that_is_no_scalar(bad):
@@ -269,10 +261,8 @@ def test_vmapped_learning_rates_equal_single_runs():
     dynamics = rj.dynamics(optax.adam, loss)
     run = lambda lr: rj.descend(dynamics, PARAMS, 5, lr=lr).ends
     rates = jnp.array([0.01, 0.1, 0.3])
-    many = jax.vmap(run)(rates)
-    singles = [run(rate) for rate in rates]
     close = lambda m, *s: np.testing.assert_allclose(m, s, atol=1e-14)
-    jax.tree.map(close, many, *singles)
+    jax.tree.map(close, jax.vmap(run)(rates), *(run(rate) for rate in rates))
 
 
 def test_hyperparameters_may_be_a_dictionary():

@@ -1,0 +1,141 @@
+"""The command line, run in this process as a user would call it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import xarray
+from typer.testing import CliRunner
+
+from rodjax import choices
+from rodjax.cli import app
+
+FAST = ["--problem", "scalar-factorization", "--lr", "0.2", "--start", "3"]
+FLOW_KEYS = {
+    "final_distance",
+    "mean_distance",
+    "final_loss",
+    "final_sharpness_ratio",
+    "median_sharpness_ratio",
+    "update_evaluations",
+    "seconds",
+    "diverged_at",
+}
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    """The command configures its process; the tests share theirs."""
+    saved = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+    yield
+    jax.config.update("jax_enable_x64", saved[0])
+    jax.config.update("jax_default_matmul_precision", saved[1])
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["run", *map(str, arguments)])
+
+
+def test_files_table_and_schema(tmp_path):
+    out = tmp_path / "deep" / "run"
+    result = invoke(*FAST, "--steps", 8, "--every", 2, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "modulated" in result.stdout and "final distance" in result.stdout
+    assert "8/8 steps" in result.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary) == {
+        *("problem", "optimizer", "lr", "steps", "start", "dtype", "threshold"),
+        *("run", "flows"),
+    }
+    assert summary["threshold"] == pytest.approx(10.0)
+    assert set(summary["run"]) == {"final_loss", "diverged_at"}
+    assert list(summary["flows"]) == ["stable", "rod", "modulated"]
+    for row in summary["flows"].values():
+        assert set(row) == FLOW_KEYS
+        assert row["diverged_at"] is None
+        assert all(isinstance(row[key], float) for key in FLOW_KEYS - {"diverged_at"})
+    # Heun with 4 substeps, 8 steps, 4 evaluations a call.
+    assert summary["flows"]["modulated"]["update_evaluations"] == 8 * 4 * 2 * 4
+    with xarray.open_dataset(out / "result.nc", engine="h5netcdf") as data:
+        assert list(data.step.values) == [3, 5, 7, 9, 11]
+        final = data.distance.sel(model="rod").values[-1]
+        assert summary["flows"]["rod"]["final_distance"] == final
+        assert data.attrs["every"] == 2 and data.attrs["solver"] == "heun"
+        assert data.loss.dtype == np.float64
+    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_overwritten_only_when_told(tmp_path):
+    arguments = [*FAST, "--steps", 2, "--flows", "stable", "--out", tmp_path]
+    assert invoke(*arguments).exit_code == 0
+    before = (tmp_path / "summary.json").read_text()
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    assert "--overwrite" in refused.stderr
+    assert (tmp_path / "summary.json").read_text() == before
+    assert invoke(*arguments, "--overwrite").exit_code == 0
+
+
+def test_hyperparameters_float32_and_optax_names(tmp_path):
+    result = invoke(
+        *FAST, "--optimizer", "adamw", "--set", "b2=0.9", "--set", "weight_decay=0.01",
+        "--set", "nesterov=false", "--steps", 2, "--flows", "modulated", "--float32",
+        "--solver", "tsit5", "--substeps", 2, "--out", tmp_path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["dtype"] == "float32" and summary["optimizer"] == "adamw"
+    # (2/lr)(1+b1)/(1-b1), lowered by the weight decay's own curvature.
+    assert summary["threshold"] == pytest.approx(190 * (1 - 0.01 * 0.2 / 2), rel=1e-4)
+
+
+def test_a_diverging_run_is_reported(tmp_path):
+    result = invoke(
+        "--problem", "scalar-factorization", "--lr", 5.0, "--start", 0, "--steps", 40,
+        "--flows", "stable", "--out", tmp_path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 0 < summary["run"]["diverged_at"] < 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--problem", "mnist"], "digits-mlp"),
+        (["--optimizer", "adamm"], "scalar-adam"),
+        (["--optimizer", "lookahead"], "learning_rate"),
+        (["--set", "b2=0.9"], "momentum"),
+        (["--set", "momentum"], "NAME=VALUE"),
+        (["--flows", "stable,central"], "--flows central"),
+        (["--solver", "rk5"], "tsit5"),
+        (["--lr", "-1"], "--lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--steps", "7", "--every", "2"], "--every 2"),
+        (["--start", "-1"], "--start"),
+        (["--substeps", "0"], "--substeps"),
+        (["--rank", "0"], "rank"),
+        (["--optimizer", "heavy-ball", "--flows", "rod", "--rank", "3"], "modulated"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(tmp_path, arguments, words):
+    out = tmp_path / "out"
+    result = invoke(*FAST, "--out", out, *arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", [n for n in choices.PROBLEMS if n != "digits-mlp"])
+def test_every_toy_runs(tmp_path, name):
+    result = invoke(
+        "--problem", name, "--lr", 0.1, "--start", 0, "--steps", 2,
+        "--flows", "stable", "--out", tmp_path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("name", choices.OPTIMIZERS)
+def test_every_named_optimizer_builds(name):
+    assert hasattr(choices.optimizer(name, {})(0.1), "update")
