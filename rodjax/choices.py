@@ -52,7 +52,7 @@ def optimizer(name: str, settings: Mapping[str, Any]) -> OptimizerFactory:
     **Raises** `ValueError` for a name that neither the table nor Optax has, and for a
     setting that its constructor does not take.
     """
-    build = OPTIMIZERS.get(name)
+    build: Any = OPTIMIZERS.get(name)
     if build is None:
         build = getattr(optax, name, None) or getattr(optax.contrib, name, None)
     if not callable(build) or "learning_rate" not in _parameters(build):

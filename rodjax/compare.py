@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.trajectory import Trajectory
@@ -92,9 +93,7 @@ def compare(flow: Trajectory, run: Trajectory) -> Comparison:
             f"{run.steps.shape}: use the same steps= and every= for both"
         )
     early = flow.steps - run.steps
-    if not isinstance(early, jax.core.Tracer) and not np.all(
-        (np.asarray(early) >= 0) & (np.asarray(early) < 1)
-    ):
+    if not isinstance(early, Tracer) and not np.all((early >= 0) & (early < 1)):
         raise ValueError(
             "flow and run were saved at different steps: start both from the same "
             "parameters or the same window"

@@ -7,7 +7,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import GetAttrKey, keystr, tree_map_with_path
+from jax.tree_util import (
+    GetAttrKey,
+    keystr,
+    tree_leaves_with_path,
+    tree_map_with_path,
+)
 from jaxtyping import Array, Float, PyTree
 
 #: Optax state fields that hold second moments: gradients enter them squared.
@@ -150,7 +155,8 @@ def dynamics(
         params = jax.tree.map(jnp.asarray, params)
         _check_scalar_loss(loss, params)
         whole = (params, factory(lr).init(params))
-        kinds = tree_map_with_path(lambda path, x: _kind(path, x, kind), whole)
+        inner = [path for path, _ in tree_leaves_with_path(params)]
+        kinds = tree_map_with_path(lambda path, x: _kind(path, x, inner, kind), whole)
         # Half precision cannot count steps.
         clock_dtype = jnp.promote_types(dtype, jnp.float32)
         whole = jax.tree.map(
@@ -193,7 +199,7 @@ def dynamics(
 
 
 def _float_dtype(params: PyTree) -> jnp.dtype:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = tree_leaves_with_path(params)
     if not leaves:
         raise ValueError("params has no leaves: there is nothing to optimize")
     for path, leaf in leaves:
@@ -214,7 +220,12 @@ def _check_scalar_loss(loss: Loss, params: PyTree) -> None:
         )
 
 
-def _kind(path: tuple[Any, ...], leaf: Any, override: Kind | None) -> str:
+def _kind(
+    path: tuple[Any, ...],
+    leaf: Any,
+    inner: list[tuple[Any, ...]],
+    override: Kind | None,
+) -> str:
     in_params, rest = path[0].idx == 0, path[1:]
     if in_params:
         return "phase"
@@ -234,5 +245,8 @@ def _kind(path: tuple[Any, ...], leaf: Any, override: Kind | None) -> str:
             f"{jnp.shape(leaf)}: a flow can carry floats and scalar step counters "
             "only. Use an optimizer without it (no injected noise, no integer buffers)"
         )
-    names = (key.name for key in rest if isinstance(key, GetAttrKey))
+    # The parameters' own attribute names, below Optax's, say nothing about the field.
+    depth = max((len(p) for p in inner if p and rest[-len(p) :] == p), default=0)
+    fields = rest[: len(rest) - depth]
+    names = (key.name for key in fields if isinstance(key, GetAttrKey))
     return "slow" if any(name in SECOND_MOMENTS for name in names) else "phase"

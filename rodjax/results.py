@@ -51,7 +51,7 @@ def dataset(
         for name in run.metrics
         if all(name in flow.metrics for flow in flows.values())
     ]
-    values = {
+    values: dict[str, list[Any]] = {
         name: [run.metrics[name], *(flow.metrics[name] for flow in flows.values())]
         for name in names
     }

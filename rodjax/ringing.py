@@ -44,8 +44,10 @@ def ringing(dynamics: Dynamics, window: Window, lr: PyTree = None) -> Ringing:
     preconditioned sharpness over its threshold: near the threshold the present top
     eigenvector is the one that will arrive there; far from it any mode may.
 
-    - $a_{top}$: the sixth difference along the top eigenvector, divided by the gain
-      $|(2 - \mu - 1/\mu)/4|^3$ of that difference at the mode's own multiplier mu.
+    - $a_{top}$: fourth differences d along the top eigenvector at three steps give the
+      mean square over the phase of the oscillation, $(d_0^2 - d_{-1} d_1) / (2
+      \sin^2\theta)$, theta the angle of the mode's multiplier mu; divided by the gain
+      $|(2 - \mu - 1/\mu)/4|^2$ of the difference.
     - $a_{all}$: for a single frequency, differences $d_4, d_6$ of all parameters are
       $q^2 a, q^3 a$ with $q = \sin^2(\theta/2)$, so $a = d_4^3 / d_6^2$.
 
@@ -58,17 +60,25 @@ def ringing(dynamics: Dynamics, window: Window, lr: PyTree = None) -> Ringing:
         return Ringing(jnp.zeros((), dtype), jnp.asarray(-2.0, dtype))
 
     fourth = optax.tree.norm(alternating(window, 4).params)
-    sixth = alternating(window, 6).params
+    sixth = optax.tree.norm(alternating(window, 6).params)
     tiny = jnp.finfo(dtype).tiny
-    everywhere = fourth * (fourth / jnp.maximum(optax.tree.norm(sixth), tiny)) ** 2
+    everywhere = fourth * (fourth / jnp.maximum(sixth, tiny)) ** 2
 
     pair = sharpness_ratio(dynamics, state, lr)
     root = jax.tree.map(jnp.sqrt, coordinate_thresholds(dynamics, state, lr))
     mode = jax.tree.map(lambda v, r: v / r, pair.vector, root)
-    along = optax.tree.vdot(optax.tree.mul(pair.vector, root), sixth)
+    dual = optax.tree.mul(pair.vector, root)
+    before, now, after = (
+        optax.tree.vdot(dual, alternating(window, 4, ahead).params)
+        for ahead in (-1, 0, 1)
+    )
     mu = alternating_multiplier(dynamics, state, lr, pair.value)
-    gain = jnp.abs((2.0 - mu - 1.0 / mu) / 4.0) ** 3
-    top = jnp.abs(along) * optax.tree.norm(mode) / gain
+    sine = jnp.abs(jnp.imag(mu)) / jnp.abs(mu)
+    turning = jnp.sqrt(jnp.maximum(0.5 * (now**2 - before * after), 0.0))
+    # A real multiplier does not turn: there the difference itself is the amplitude.
+    size = jnp.where(sine > 0.1, turning / jnp.maximum(sine, 0.1), jnp.abs(now))
+    gain = jnp.abs((2.0 - mu - 1.0 / mu) / 4.0) ** 2
+    top = size * optax.tree.norm(mode) / gain
 
     ratio = jnp.clip(pair.value, 0.0, 1.0)
     amplitude = top**ratio * everywhere ** (1.0 - ratio)

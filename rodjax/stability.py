@@ -91,7 +91,8 @@ def coordinate_thresholds(
     def root(free, response):
         shifted = free + jnp.eye(len(response), dtype=free.dtype)
         slope = jnp.linalg.det(shifted.at[:, 0].set(response))
-        return -jnp.linalg.det(shifted) / slope
+        edge = -jnp.linalg.det(shifted) / slope
+        return jnp.where(slope == 0, jnp.inf, edge)
 
     return jax.tree.map(jnp.vectorize(root, signature="(n,n),(n)->()"), free, response)
 
@@ -178,11 +179,16 @@ def _at_rest(dynamics: Dynamics, state: State, lr: PyTree) -> State:
     The optimizer moves its second moment before it divides by it; frozen therefore
     means frozen at the value it divides by.
     """
-    params, rest = state.phase
+    params = state.params
+    slots = _slots(state)[1:]
+    # Other leaves, such as injected hyperparameters, are no momentum.
+    phase = tree_map_with_path(
+        lambda path, x: jnp.zeros_like(x) if _inside(path, slots) else x, state.phase
+    )
     # A zero second moment has no derivative of its root, and its coordinate no
     # gradient: any tiny value serves.
     slow = jax.tree.map(lambda s: jnp.maximum(s, 1e-30), state.slow)
-    state = State((params, optax.tree.zeros_like(rest)), slow, state.clock)
+    state = State(phase, slow, state.clock)
     after = dynamics.respond(state, optax.tree.zeros_like(params), lr).slow
     slow = jax.tree.map(lambda s, a: jnp.where(a > 0, s * (s / a), s), slow, after)
     return state._replace(slow=slow)
@@ -202,9 +208,13 @@ def _slots(state: State) -> list[tuple]:
     return list(dict.fromkeys(p for p in prefixes if p and mirrors(p)))
 
 
+def _inside(path: tuple, slots: list[tuple]) -> bool:
+    return any(path[: len(slot)] == slot for slot in slots)
+
+
 def _ones_in(phase: PyTree, slot: tuple) -> PyTree:
     return tree_map_with_path(
-        lambda path, x: jnp.full_like(x, float(path[: len(slot)] == slot)), phase
+        lambda path, x: jnp.full_like(x, float(_inside(path, [slot]))), phase
     )
 
 

@@ -53,10 +53,10 @@ def half_step_midpoint(window: Window) -> State:
     return _combine(window, [0.5, 0.5], 0)
 
 
-def alternating(window: Window, order: int = 2 * REACH) -> State:
-    """The part that flips sign every step, with its sign at `step`.
+def alternating(window: Window, order: int = 2 * REACH, ahead: int = 0) -> State:
+    """The part that flips sign every step, with its sign at `step + ahead`.
 
-    The scaled finite difference of even `order`, centred at `step`: it leaves an
+    The scaled finite difference of even `order`, centred there: it leaves an
     alternation of constant amplitude as it is and cuts a smooth part that varies at
     rate r per step by (r / 2)^order. Lower orders mistake the smooth decay of momentum
     for an alternation.
@@ -65,7 +65,7 @@ def alternating(window: Window, order: int = 2 * REACH) -> State:
     weights = [
         (-1.0) ** (j - half) * comb(order, j) / 2.0**order for j in range(order + 1)
     ]
-    return _combine(window, weights, -half)
+    return _combine(window, weights, ahead - half)
 
 
 def slide(dynamics: Dynamics, window: Window, lr: PyTree) -> Window:

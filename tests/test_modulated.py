@@ -1,0 +1,207 @@
+"""The modulated flow: its split is exact, its growth and onset are the optimizer's."""
+
+from functools import partial
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rodjax as rj
+from rodjax.flows import modulated
+from rodjax.flows.base import shift
+from rodjax.transforms import scalar_adam, scalar_nadam, scalar_rmsprop
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "nesterov": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "rmsprop": optax.rmsprop(0.01),
+    "adam": optax.adam(0.01),
+    "nadam": optax.nadam(0.01),
+    "scalar_rmsprop": scalar_rmsprop(0.01),
+    "scalar_adam": scalar_adam(0.01),
+    "scalar_nadam": scalar_nadam(0.01),
+    "adamw": optax.adamw(0.01),
+    "lion": optax.lion(0.01),
+    "yogi": optax.yogi(0.01),
+    "amsgrad": optax.amsgrad(0.01),
+    "radam": optax.radam(0.01),
+    "adabelief": optax.adabelief(0.01),
+}
+KEY = jax.random.key(0)
+euler = partial(rj.integrate, solver=diffrax.Euler(), substeps=1)
+
+
+def quartic(params):
+    """Smooth, coupled, not quadratic."""
+    a, b = params["a"], params["b"]
+    return 1.5 * a @ a + jnp.cosh(jnp.sum(a) - b) + 0.2 * b**4
+
+
+START = {"a": jnp.array([0.8, -0.6]), "b": jnp.array(1.1)}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_split_is_exact(name):
+    """A unit Euler step moves c + delta to c1 - delta1 as the optimizer would."""
+    dynamics = rj.dynamics(OPTIMIZERS[name], quartic)
+    flow = modulated(dynamics, bea=False, seed=0.0)
+
+    @jax.jit
+    def step(y):
+        y1 = jax.tree.map(jnp.add, y, flow.vector_field(0.0, y, None))
+        both = []
+        for side in (1.0, -1.0):
+            jumped = dynamics.update(shift(y.mean, y.delta, side))
+            both.append((shift(y1.mean, y1.delta, -side), jumped))
+        return both
+
+    y = flow.init(rj.warm_up(dynamics, START, steps=9), None, KEY)
+    noise = optax.tree.random_like(KEY, y.delta)
+    assert bool(jnp.isfinite(y.memory))
+    # The push up to what momentum still carries is no part of the split.
+    y = y._replace(delta=optax.tree.scale(0.02, noise), memory=jnp.zeros(()))
+    same = lambda a, b: np.testing.assert_allclose(a, b, 1e-12, 1e-14)
+    (up, jumped_up), (down, jumped_down) = step(y)
+    jax.tree.map(same, up.phase, jumped_up.phase)
+    jax.tree.map(same, down.phase, jumped_down.phase)
+    # What does not alternate moves by the mean of the two, and the clock by one.
+    mean = lambda a, b: 0.5 * (a + b)
+    jax.tree.map(same, up.slow, jax.tree.map(mean, jumped_up.slow, jumped_down.slow))
+    jax.tree.map(same, up.clock, jumped_up.clock)
+
+
+@pytest.mark.parametrize("name", ["sgd", "nesterov"])
+def test_unit_steps_are_the_run(name):
+    dynamics = rj.dynamics(OPTIMIZERS[name], quartic)
+    flow = modulated(dynamics, bea=False, seed=0.0)
+    begin = rj.warm_up(dynamics, START, steps=4)
+    y = flow.init(begin, None, KEY)
+    # The window's split need not sum to the iterate; make delta so that it does.
+    delta = optax.tree.sub(begin.at(0).phase, y.mean.phase)
+    y = y._replace(delta=delta, memory=jnp.zeros(()))
+    flow = flow._replace(init=lambda *_: y)
+    path = euler(flow, begin, steps=20)
+    run = rj.descend(dynamics, begin, steps=20)
+    assert float(path.metrics["amplitude"][0]) > 1e-3
+    for t in range(21):
+        end = jax.tree.map(lambda e, t=t: e[t, t % 2], path.ends)
+        iterate = jax.tree.map(lambda e, t=t: e[t, 0], run.ends)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-10), end, iterate)
+
+
+SLOPE = jnp.array([4.0, 1.5, 0.5])
+bowl = lambda w: 0.5 * w @ (SLOPE * w)
+BOWL = rj.dynamics(optax.sgd, bowl)
+ONES = jnp.ones(3)
+
+
+def deltas(flow, lr, steps, delta, **options):
+    """Of a quadratic: delta along the sharpest direction, at every step."""
+    y = flow.init(ONES, jnp.asarray(lr), KEY)
+    y = y._replace(delta=(delta * jnp.array([1.0, 0.0, 0.0]), *y.delta[1:]))
+    path = rj.integrate(
+        flow._replace(init=lambda *_: y), ONES, steps=steps, lr=lr, **options
+    )
+    return path, np.asarray(0.5 * (path.ends[:, 0] - path.ends[:, 1])[:, 0])
+
+
+def test_quadratic_in_closed_form():
+    """Plain: c' = -eta H c and delta' = (eta H - 2) delta, each by itself."""
+    lr, t = 0.2, np.arange(6.0)
+    plain = modulated(BOWL, bea=False, seed=0.0)
+    path, delta = deltas(plain, lr, 5, 0.1, substeps=100)
+    centre = np.exp(-lr * np.outer(t, SLOPE))
+    np.testing.assert_allclose(path.params, centre, rtol=2e-4)
+    np.testing.assert_allclose(delta, 0.1 * np.exp((lr * 4.0 - 2.0) * t), rtol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def grown():
+    """(bea, eta lambda) -> by what delta grows in a step; two compilations in all."""
+    flows = {bea: modulated(BOWL, bea=bea, seed=0.0) for bea in (True, False)}
+
+    def factor(bea, product):
+        _, delta = deltas(flows[bea], product / 4.0, 6, 1e-3, substeps=64)
+        return delta[1:] / delta[:-1]
+
+    return factor
+
+
+@pytest.mark.parametrize("product", [2.05, 2.2, 2.4, 2.6])
+def test_growth_is_exact(grown, product):
+    exact = product - 1.0
+    np.testing.assert_allclose(grown(True, product), exact, rtol=1e-3)
+    # Uncorrected, delta grows by exp(exact - 1).
+    np.testing.assert_allclose(grown(False, product), np.exp(exact - 1.0), rtol=1e-3)
+
+
+@pytest.mark.parametrize("product", [1.0, 1.5, 1.9])
+def test_decays_below_the_threshold(grown, product):
+    assert np.all(grown(True, product) < 1.0)
+    if product > 1.8:  # as exactly as above, not far from the threshold
+        np.testing.assert_allclose(grown(True, product), product - 1.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("seed, least", [(0.0, 0.0), (1e-9, 1e-9), (1e-6, 1e-6)])
+def test_seed_is_the_least_delta(seed, least):
+    flow = modulated(BOWL, seed=seed)
+    path = rj.integrate(flow, ONES, steps=15, lr=0.3, substeps=8)
+    size = np.asarray(path.metrics["amplitude"])
+    norm = np.linalg.norm(path.params, axis=1)
+    if not seed:
+        # To rounding: compiled together, the two ends may be rounded differently.
+        assert np.all(size < 1e-15 * norm[0])
+        y = flow.init(ONES, jnp.asarray(0.3), KEY)
+        with jax.disable_jit():
+            field = flow.vector_field(0.0, y, jnp.asarray(0.3))
+        assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(field.delta))
+    else:
+        np.testing.assert_allclose(size[0], seed * norm[0], rtol=1e-6)
+        assert np.all(size > 0.2 * least * norm) and np.all(size < 5 * least * norm)
+
+
+ETA = 0.3
+VALLEY = rj.problems.berthier(start=(0.0, 5.0))
+SGD = rj.dynamics(optax.sgd(ETA), VALLEY.loss)
+
+
+def onset(path):
+    """The first step at which the oscillation is as large as it will stay."""
+    return int(jnp.argmax(path.metrics["amplitude"] > 0.1))
+
+
+@pytest.fixture(scope="module")
+def seeded():
+    solve = lambda seed: rj.integrate(
+        modulated(SGD, seed=seed), VALLEY.params, steps=1200
+    )
+    return {seed: solve(seed) for seed in (None, 1e-8, 1e-4)}
+
+
+def test_roundoff_settles_at_the_edge(seeded):
+    y = np.asarray(seeded[None].params["y"])
+    assert abs(y[-1] * ETA / 2 - 1) < 0.03
+    assert abs(y[-300:].mean() * ETA / 2 - 1) < 0.03
+
+
+def test_larger_seed_is_earlier(seeded):
+    ends = [onset(path) for path in seeded.values()]
+    assert 0 < ends[2] < ends[1] - 10 < ends[0] - 20
+
+
+@pytest.mark.parametrize("name", ["adam", "rmsprop", "nadam", "scalar_adam"])
+def test_no_gradient_no_nan(name):
+    """A parameter that the loss ignores has a second moment of zero for ever."""
+    half = lambda params: 0.5 * params["used"] ** 2
+    dynamics = rj.dynamics(OPTIMIZERS[name], half)
+    start = {"used": jnp.array(1.0), "idle": jnp.array([1.0, -2.0])}
+    path = rj.integrate(modulated(dynamics), start, steps=5)
+    assert bool(jnp.isnan(path.diverged_at))
+    assert 0.5 < float(path.params["used"][-1]) < 0.99
+    # Still, but for a seed that is pushed out and pulled in at random.
+    drift = path.params["idle"] - start["idle"][None]
+    assert float(jnp.max(jnp.abs(drift))) < 1e-10
