@@ -55,7 +55,7 @@ def optimizer(name: str, settings: Mapping[str, Any]) -> OptimizerFactory:
     build: Any = OPTIMIZERS.get(name)
     if build is None:
         build = getattr(optax, name, None) or getattr(optax.contrib, name, None)
-    if not callable(build) or "learning_rate" not in _parameters(build):
+    if not inspect.isroutine(getattr(build, "func", build)) or "learning_rate" not in _parameters(build):
         raise ValueError(
             f"--optimizer {name}: choose from {', '.join(OPTIMIZERS)}, or name an "
             "optimizer of Optax that takes a learning_rate"

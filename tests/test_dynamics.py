@@ -155,9 +155,6 @@ def test_user_keys_named_like_optax_fields_are_phase():
 Attributes = namedtuple("Attributes", ["nu", "w"])
 
 
-@pytest.mark.xfail(
-    reason="the user's own attribute names are taken for Optax's", strict=True
-)
 def test_user_attributes_named_like_optax_fields_are_phase():
     square = lambda p: jnp.sum(p.nu**2 + p.w**2)
     params = Attributes(jnp.ones(2), jnp.ones(2))

@@ -119,7 +119,9 @@ def unlike(a, b):
 def test_field_is_like_the_state_in_both_precisions(name, optimizer):
     flow = flow_of(name, optimizer)
     # One precision from scratch, the other from a window.
-    for dtype, begin in zip(DTYPES, (start(DTYPES[0]), window_of(optimizer)), strict=True):
+    for dtype, begin in zip(
+        DTYPES, (start(DTYPES[0]), window_of(optimizer)), strict=True
+    ):
         lr = jnp.asarray(0.1, dtype)
         y = jax.eval_shape(flow.init, begin, lr, KEY)
         dy = jax.eval_shape(flow.vector_field, 0.0, y, lr)

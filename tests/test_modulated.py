@@ -99,33 +99,43 @@ BOWL = rj.dynamics(optax.sgd, bowl)
 ONES = jnp.ones(3)
 
 
-def deltas(flow, lr, steps, delta, **options):
-    """Of a quadratic: delta along the sharpest direction, at every step."""
-    y = flow.init(ONES, jnp.asarray(lr), KEY)
-    y = y._replace(delta=(delta * jnp.array([1.0, 0.0, 0.0]), *y.delta[1:]))
-    path = rj.integrate(
-        flow._replace(init=lambda *_: y), ONES, steps=steps, lr=lr, **options
-    )
-    return path, np.asarray(0.5 * (path.ends[:, 0] - path.ends[:, 1])[:, 0])
+def plucked(**options):
+    """The modulated flow of the bowl, from ones and with its start as delta."""
+    flow = modulated(BOWL, seed=0.0, **options)
+
+    def init(start, lr, key):
+        y = flow.init(ONES, lr, key)
+        return y._replace(delta=(start, *y.delta[1:]))
+
+    return flow._replace(init=init)
+
+
+def deltas(path):
+    """Of a path: delta along the sharpest direction, at every step."""
+    return np.asarray(0.5 * (path.ends[:, 0] - path.ends[:, 1])[:, 0])
 
 
 def test_quadratic_in_closed_form():
     """Plain: c' = -eta H c and delta' = (eta H - 2) delta, each by itself."""
     lr, t = 0.2, np.arange(6.0)
-    plain = modulated(BOWL, bea=False, seed=0.0)
-    path, delta = deltas(plain, lr, 5, 0.1, substeps=100)
+    start = jnp.array([0.1, 0.0, 0.0])
+    path = rj.integrate(plucked(bea=False), start, steps=5, lr=lr, substeps=100)
     centre = np.exp(-lr * np.outer(t, SLOPE))
     np.testing.assert_allclose(path.params, centre, rtol=2e-4)
-    np.testing.assert_allclose(delta, 0.1 * np.exp((lr * 4.0 - 2.0) * t), rtol=2e-3)
+    np.testing.assert_allclose(
+        deltas(path), 0.1 * np.exp((lr * 4.0 - 2.0) * t), rtol=2e-3
+    )
 
 
 @pytest.fixture(scope="module")
 def grown():
     """(bea, eta lambda) -> by what delta grows in a step; two compilations in all."""
-    flows = {bea: modulated(BOWL, bea=bea, seed=0.0) for bea in (True, False)}
+    flows = {bea: plucked(bea=bea) for bea in (True, False)}
+    start = jnp.array([1e-3, 0.0, 0.0])
 
     def factor(bea, product):
-        _, delta = deltas(flows[bea], product / 4.0, 6, 1e-3, substeps=64)
+        lr = product / 4.0
+        delta = deltas(rj.integrate(flows[bea], start, steps=6, lr=lr, substeps=64))
         return delta[1:] / delta[:-1]
 
     return factor

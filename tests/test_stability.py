@@ -157,7 +157,6 @@ def test_a_run_decays_below_the_threshold_and_alternates_above(name, lr, b):
     assert bool(jnp.all(above[-50:-1] * above[-49:] < 0))
 
 
-@pytest.mark.xfail(reason="-inf where the slope of the determinant is 0", strict=True)
 @pytest.mark.parametrize("optimizer", [optax.lion(0.1), optax.sign_sgd(0.1)])
 def test_threshold_is_infinite_where_curvature_has_no_effect(optimizer):
     dynamics = rj.dynamics(optimizer, bowl)
@@ -165,7 +164,6 @@ def test_threshold_is_infinite_where_curvature_has_no_effect(optimizer):
     assert float(rj.sharpness_ratio(dynamics, dynamics.init(PARAMS)).value) == 0.0
 
 
-@pytest.mark.xfail(reason="hyperparameters in the state are set to zero", strict=True)
 def test_threshold_with_hyperparameters_in_the_state():
     optimizer = optax.inject_hyperparams(optax.sgd)(0.1)
     value = rj.threshold(rj.dynamics(optimizer, bowl), PARAMS)
