@@ -11,6 +11,7 @@ the bundle of three are judged too, by their sharpness over threshold.
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -81,10 +82,17 @@ def measure(row: Row, seed: int, dtype: str) -> dict[str, float]:
     for name in flows:
         for part in ("final", "mean"):
             own, base = (f"{m} {part}_distance" for m in (name, "stable"))
-            found[f"{name} {part}"] = found[own] / found[base]
+            # A run that diverged before the window leaves nothing to compare.
+            found[f"{name} {part}"] = found[own] / (found[base] or math.nan)
     # Compiled programs of all rows together exhaust the compiler's memory.
     jax.clear_caches()
     return found
+
+
+def median(values: Iterable[float]) -> float:
+    """The median of those that exist."""
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.median(finite) if finite else math.nan
 
 
 def ratios(found: Mapping[str, float], flow: str) -> str:
@@ -117,7 +125,7 @@ def main() -> None:
     for name, row in rows.items():
         found = [measure(row, seed, dtype) for seed in range(options.seeds)]
         results[name] = found
-        middle = {key: statistics.median(f[key] for f in found) for key in found[0]}
+        middle = {key: median(f[key] for f in found) for key in found[0]}
         medians = [
             f"{middle[key]:.3f}"
             for model in ("rod", "bundle")

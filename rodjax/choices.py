@@ -55,7 +55,8 @@ def optimizer(name: str, settings: Mapping[str, Any]) -> OptimizerFactory:
     build: Any = OPTIMIZERS.get(name)
     if build is None:
         build = getattr(optax, name, None) or getattr(optax.contrib, name, None)
-    if not inspect.isroutine(getattr(build, "func", build)) or "learning_rate" not in _parameters(build):
+    function = getattr(build, "func", build)
+    if not inspect.isroutine(function) or "learning_rate" not in _parameters(build):
         raise ValueError(
             f"--optimizer {name}: choose from {', '.join(OPTIMIZERS)}, or name an "
             "optimizer of Optax that takes a learning_rate"

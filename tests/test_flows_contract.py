@@ -42,8 +42,8 @@ PAIRS = [
     for name in FLOWS
     for optimizer in OPTIMIZERS
     if not name.startswith("bundle") or optimizer in BARE
-    # Without the correction there is only less to go wrong.
-    if not name.endswith("plain") or optimizer in ("sgd", "adam")
+    # The dense oracle, and less correction, see the optimizer as the others do.
+    if name in ("stable", "rod", "bundle", "modulated") or optimizer in ("sgd", "adam")
 ]
 table = pytest.mark.parametrize("name, optimizer", PAIRS)
 # One optimizer per flow where a check compiles the whole solve.
@@ -90,7 +90,7 @@ def window_of(optimizer, dtype=jnp.float64):
 
 @lru_cache
 def solver_of(name, optimizer):
-    """(lr, steps) -> the centre there, from scratch, by Heun's method with four substeps.
+    """(lr, steps) -> the centre there, from scratch, by Heun's method, four substeps.
 
     A bare loop: it compiles quickly, and refuses a field that is not like its state.
     """
@@ -197,14 +197,16 @@ def test_integrate_compiles_once_and_vmaps(name, optimizer):
     alone[0] = solve(RATES[0])
     assert calls[0] == traced
     chex.clear_trace_counter()
-    once = jax.jit(chex.assert_max_traces(lambda lr: jax.vmap(solve)(lr), n=1))
+    # Chex refuses to wrap what JAX has transformed.
+    every = lambda rates: jax.vmap(solve)(rates)  # noqa: PLW0108
+    once = jax.jit(chex.assert_max_traces(every, n=1))
     batch = once(RATES)
     chex.assert_trees_all_equal(once(RATES), batch)
     once(2.0 * RATES)
     chex.assert_tree_all_finite(batch._replace(diverged_at=0.0))
-    # Within rounding, which the onset of an oscillation amplifies.
+    # Within rounding, which the spare rods of a bundle amplify.
     for i, path in enumerate(alone):
-        same = lambda a, b, i=i: np.testing.assert_allclose(a, b[i], 1e-5, 1e-9)
+        same = lambda a, b, i=i: np.testing.assert_allclose(a, b[i], 1e-4, 1e-9)
         jax.tree.map(same, path, batch)
     # The learning rate counts.
     assert unlike(alone[0].params, alone[2].params) > 1e-3
