@@ -158,7 +158,7 @@ def dynamics(
         inner = [path for path, _ in tree_leaves_with_path(params)]
         kinds = tree_map_with_path(lambda path, x: _kind(path, x, inner, kind), whole)
         # Half precision cannot count steps.
-        clock_dtype = jnp.promote_types(dtype, jnp.float32)
+        clock_dtype = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
         whole = jax.tree.map(
             # An explicit dtype also drops weak types, which would retrace a scan.
             lambda x, k: jnp.asarray(

@@ -93,10 +93,10 @@ def _descend(
             new = slide(dynamics, window, lr)
             calls += jnp.astype(ok, calls.dtype)
             # Only the newest state can be the first that is not finite.
-            ok &= jnp.isfinite(optax.tree.norm(new.at(REACH)))
+            ok &= _finite(new.at(REACH))
             return optax.tree.where(ok, new, window), ok, calls
 
-        before = (window, jnp.asarray(True), jnp.zeros_like(window.step))
+        before = (window, _finite(window.states), jnp.zeros_like(window.step))
         window, ok, calls = jax.lax.fori_loop(0, recorder.every, one, before)
         return Advance(window, ok, window.step + REACH + 1, calls)
 
@@ -199,12 +199,15 @@ def _integrate(
 
     def advance(moment) -> Advance:
         t, y = moment
+        # Time in the state's own dtype, which the solver would promote otherwise.
+        span = jnp.asarray(recorder.every, jnp.result_type(*jax.tree.leaves(y)))
+        local = jnp.zeros_like(span)
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(flow.vector_field),
+            diffrax.ODETerm(lambda s, y, lr: flow.vector_field(t + s, y, lr)),
             solver,
-            t0=t,
-            t1=t + recorder.every,
-            dt0=1.0 / substeps,
+            t0=local,
+            t1=span,
+            dt0=jnp.full_like(span, 1.0 / substeps),
             y0=y,
             args=lr,
             saveat=diffrax.SaveAt(t1=True),
@@ -217,10 +220,16 @@ def _integrate(
         ok = (solution.result == diffrax.RESULTS.successful) & ~unbounded(new)
         calls = solution.stats["num_steps"] * per_step + per_solve
         calls = jnp.astype(calls * flow.evaluations, t.dtype)
-        return Advance((t + recorder.every, new), ok, jnp.ceil(end), calls)
+        stopped = jnp.ceil(t + jnp.astype(end, t.dtype))
+        return Advance((t + recorder.every, new), ok, stopped, calls)
 
     path = recorder.record((first, y0), snapshot, advance, lr)
     return path._replace(final=path.final[1])
+
+
+def _finite(tree: PyTree) -> Array:
+    leaves = jax.tree.leaves(tree)
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
 
 
 def _stages(solver: diffrax.AbstractSolver) -> tuple[float, float]:

@@ -56,7 +56,8 @@ class Trajectory(NamedTuple):
     - `evaluations`: update-map evaluations spent, []; NaN for a solver whose stages
       cannot be counted.
     - `diverged_at`: the first step that was not finite, NaN if every one was, [].
-      Entries from that step on are NaN.
+      Entries from that step on are NaN, of a run also the three before it, whose window
+      reaches that far.
     """
 
     steps: Float[Array, "*batch T"]

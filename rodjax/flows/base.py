@@ -43,15 +43,16 @@ def shift(state: State, phase: PyTree, scale: float = 1.0) -> State:
     return state._replace(phase=moved)
 
 
-def half_step_back(y: PyTree, field: PyTree) -> PyTree:
+def half_step_back(y: State, field: State) -> State:
     r"""$y - f(y)/2$, where the vector field of a unit-step map is to be evaluated.
 
     One correction by backward error analysis, without derivatives: the flow whose
     time-1 map is $y + f(y)$ is $f - f'f/2$ to second order, and so is $f(y - f(y)/2)$,
     which needs no derivative of the optimizer (whose square root of a second moment has
-    none at zero).
+    none at zero). Second moments, which grow from nothing, are not taken below zero.
     """
-    return jax.tree.map(lambda a, f: a - 0.5 * f, y, field)
+    back = jax.tree.map(lambda a, f: a - 0.5 * f, y, field)
+    return back._replace(slow=jax.tree.map(lambda s: jnp.maximum(s, 0.0), back.slow))
 
 
 def stack(*trees: PyTree) -> PyTree:

@@ -111,6 +111,7 @@ def modulated(
         if isinstance(start, Window):
             mean, delta = midpoint(start), alternating(start).phase
             memory, log_decay = ringing(dynamics, start, lr)
+            memory = jnp.zeros_like(memory) if seed == 0 else memory
         else:
             mean = dynamics.init(start, lr)
             delta = optax.tree.zeros_like(mean.phase)

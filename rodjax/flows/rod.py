@@ -66,9 +66,10 @@ def rod(
     - `dense`: keep all of Sigma, d by d with d the size of the phase, and take its
       `rank` leading directions as rods: an oracle for small problems.
 
-    **Raises** `ValueError` if `rank` is below 1, and from `init` if `rank > 1` for an
-    optimizer with momentum: its map is not normal, and the projected bundle blows up on
-    it; `rodjax.flows.modulated` is the flow for several unstable directions there.
+    **Raises** `ValueError` if `rank` is below 1, and from `init` if it exceeds the
+    number of entries of the phase, or is above 1 for an optimizer with momentum: its
+    map is not normal, and the projected bundle blows up on it;
+    `rodjax.flows.modulated` is the flow for several unstable directions there.
 
     The centre models the half-step midpoint, at t + 1/2.
 
@@ -126,6 +127,9 @@ def rod(
                 "rods is unstable on its non-normal update map. Use "
                 "rodjax.flows.modulated, which follows several directions, or rank=1"
             )
+        size = optax.tree.size(mean.phase)
+        if rank > size:
+            raise ValueError(f"rank={rank} exceeds the {size} entries of the phase")
         half = jax.tree.map(
             lambda a, b: 0.5 * (b - a), window.at(0).phase, window.at(1).phase
         )
@@ -206,5 +210,5 @@ def _leading(y: RodState, rank: int) -> PyTree:
     """The `rank` leading directions of a dense Sigma as a factor."""
     values, vectors = jnp.linalg.eigh(y.extent)
     lengths = jnp.sqrt(jnp.maximum(values[-rank:], 0.0))
-    rows = (vectors[:, -rank:] * lengths).T
+    rows = (vectors[:, -rank:] * lengths[None]).T
     return jax.vmap(ravel_pytree(y.mean.phase)[1])(rows)
