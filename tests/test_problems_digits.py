@@ -131,6 +131,7 @@ def test_digits_mlp_trains_at_the_edge_of_stability(seed):
     eta, every = 0.6, 10
     path = sharpness_path(digits_mlp(seed=seed, dtype="float64"), eta, every, 100)
     edge = 2 / eta
-    assert 1.5 < path[0] < 3  # starts below the edge,
+    # Once the first steps have left the initial point, which may be sharp,
+    assert 1.5 < path[: 50 // every].min() < 0.9 * edge  # it is below the edge,
     assert path[: 300 // every].max() > 1.05 * edge  # sharpens beyond it,
     np.testing.assert_allclose(path[500 // every :], edge, rtol=0.05)  # and stays
