@@ -185,6 +185,15 @@ def edge_of_stability(dynamics: Dynamics, *, tol: float | None = None) -> Metric
     """Metric `sharpness_ratio` (see there) and its `residual`, warm-started.
 
     For `metrics=` of `integrate` and `descend`. The ratio is taken at the centre.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(0.5), lambda w: 0.5 * (3.0 * w[0]**2 + w[1]**2))
+    >>> run = rj.descend(sgd, jnp.ones(2), 2, metrics=[rj.edge_of_stability(sgd)])
+    >>> run.metrics["sharpness_ratio"].round(6).tolist()
+    [0.75, 0.75, 0.75]
+
+    ```
     """
 
     def update(snapshot, vector, lr):

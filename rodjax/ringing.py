@@ -53,6 +53,16 @@ def ringing(dynamics: Dynamics, window: Window, lr: PyTree = None) -> Ringing:
 
     Without momentum the amplitude is 0: modes half way below the threshold are gone in
     a step. The rule knows the optimizer through its linear map alone.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> momentum = optax.sgd(0.1, momentum=0.25)
+    >>> heavy_ball = rj.dynamics(momentum, lambda w: 0.5 * jnp.sum(w**2))
+    >>> window = rj.warm_up(heavy_ball, jnp.ones(2), steps=5)
+    >>> round(float(rj.ringing(heavy_ball, window).log_decay), 4)  # log sqrt(0.25)
+    -0.6931
+
+    ```
     """
     state = midpoint(window)
     dtype = jnp.result_type(*jax.tree.leaves(state.params))

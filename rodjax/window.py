@@ -44,12 +44,31 @@ def midpoint(window: Window) -> State:
 
     It removes a period-two oscillation of slowly varying amplitude to second order
     (Cohen et al., arXiv 2410.24206).
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(2.0), lambda w: 0.5 * w**2)  # w -> -w
+    >>> window = rj.warm_up(sgd, jnp.array(8.0), steps=3)
+    >>> float(rj.midpoint(window).params)
+    0.0
+
+    ```
     """
     return _combine(window, [0.25, 0.5, 0.25], -1)
 
 
 def half_step_midpoint(window: Window) -> State:
-    """Half-step midpoint at `step + 1/2`: (z[t] + z[t+1]) / 2."""
+    """Half-step midpoint at `step + 1/2`: (z[t] + z[t+1]) / 2.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(2.0), lambda w: 0.5 * w**2)  # w -> -w
+    >>> window = rj.warm_up(sgd, jnp.array(8.0), steps=3)
+    >>> float(rj.half_step_midpoint(window).params)
+    0.0
+
+    ```
+    """
     return _combine(window, [0.5, 0.5], 0)
 
 
@@ -60,6 +79,15 @@ def alternating(window: Window, order: int = 2 * REACH, ahead: int = 0) -> State
     alternation of constant amplitude as it is and cuts a smooth part that varies at
     rate r per step by (r / 2)^order. Lower orders mistake the smooth decay of momentum
     for an alternation.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(2.0), lambda w: 0.5 * w**2)  # w -> -w
+    >>> window = rj.warm_up(sgd, jnp.array(8.0), steps=3)
+    >>> float(rj.alternating(window).params)
+    -8.0
+
+    ```
     """
     half = order // 2
     weights = [
