@@ -82,8 +82,9 @@ def measure(row: Row, seed: int, dtype: str) -> dict[str, float]:
     for name in flows:
         for part in ("final", "mean"):
             own, base = (f"{m} {part}_distance" for m in (name, "stable"))
-            # A run that diverged before the window leaves nothing to compare.
-            found[f"{name} {part}"] = found[own] / (found[base] or math.nan)
+            # A run that diverged leaves nothing to compare.
+            alive = math.isnan(float(run.diverged_at)) and found[base] > 0
+            found[f"{name} {part}"] = found[own] / found[base] if alive else math.nan
     # Compiled programs of all rows together exhaust the compiler's memory.
     jax.clear_caches()
     return found
