@@ -93,4 +93,8 @@ def ringing(dynamics: Dynamics, window: Window, lr: PyTree = None) -> Ringing:
     ratio = jnp.clip(pair.value, 0.0, 1.0)
     amplitude = top**ratio * everywhere ** (1.0 - ratio)
     decay = jnp.abs(alternating_multiplier(dynamics, state, lr, HALF_WAY))
-    return Ringing(jnp.astype(amplitude, dtype), jnp.astype(jnp.log(decay), dtype))
+    # Where the linear map does not exist there is nothing to remember by.
+    known = jnp.isfinite(amplitude) & (decay > 0)
+    amplitude = jnp.where(known, amplitude, 0.0)
+    log_decay = jnp.where(known, jnp.log(decay), -2.0)
+    return Ringing(jnp.astype(amplitude, dtype), jnp.astype(log_decay, dtype))
