@@ -2,16 +2,20 @@
 stability: flows of any Optax optimizer, solved with diffrax."""
 
 from rodjax import flows, problems, transforms
+from rodjax.coefficients import stability_coefficients
 from rodjax.compare import Comparison, compare
 from rodjax.curvature import (
-    Eigenpair,
     edge_of_stability,
+    hessian_eigenpairs,
     hvp,
+    preconditioned_eigenpairs,
     sharpness,
     sharpness_ratio,
-    top_eigenpair,
+    spectrum,
+    third_derivative,
 )
 from rodjax.dynamics import Dynamics, State, dynamics
+from rodjax.eigen import Eigenpair, Eigenpairs, top_eigenpair, top_eigenpairs
 from rodjax.integrate import descend, integrate
 from rodjax.plotting import plot
 from rodjax.results import dataset
@@ -24,6 +28,7 @@ __all__ = [
     "Comparison",
     "Dynamics",
     "Eigenpair",
+    "Eigenpairs",
     "Metric",
     "Ringing",
     "Snapshot",
@@ -39,16 +44,22 @@ __all__ = [
     "edge_of_stability",
     "flows",
     "half_step_midpoint",
+    "hessian_eigenpairs",
     "hvp",
     "integrate",
     "midpoint",
     "plot",
+    "preconditioned_eigenpairs",
     "problems",
     "ringing",
     "sharpness",
     "sharpness_ratio",
+    "spectrum",
+    "stability_coefficients",
+    "third_derivative",
     "threshold",
     "top_eigenpair",
+    "top_eigenpairs",
     "transforms",
     "warm_up",
 ]

@@ -11,6 +11,7 @@ import optax
 
 from rodjax import flows, problems, transforms
 from rodjax.dynamics import Dynamics, OptimizerFactory
+from rodjax.eigen import DENSE
 from rodjax.flows import Flow
 
 PROBLEMS: Mapping[str, Callable[..., problems.Problem]] = {
@@ -20,6 +21,8 @@ PROBLEMS: Mapping[str, Callable[..., problems.Problem]] = {
     # Far below the edge the oscillation would die out to exactly zero.
     "berthier": partial(problems.berthier, start=(0.1, 6.5)),
     "factorization": partial(problems.factorization, (4, 4, 4), (2.0, 1.0, 0.5, 0.2)),
+    "banana": problems.banana,
+    "cosine": problems.cosine,
     "scalar-factorization": problems.scalar_factorization,
 }
 
@@ -36,7 +39,18 @@ OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     "scalar-nadam": transforms.scalar_nadam,
 }
 
-FLOWS = ("stable", "rod", "modulated")
+FLOWS = (
+    "stable",
+    "rod",
+    "modulated",
+    "edge",
+    "central",
+    "gradient",
+    "igr",
+    "third-order",
+    "principal",
+    "covariance",
+)
 
 
 def problem(name: str, dtype: Any) -> problems.Problem:
@@ -81,13 +95,21 @@ def setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def flow(name: str, dynamics: Dynamics, rank: int) -> Flow:
-    """The named flow of `dynamics`; `rank` is that of the rod."""
+def flow(name: str, dynamics: Dynamics, *, size: int, rank: int, top: int) -> Flow:
+    """The named flow of `dynamics`, for a problem of `size` parameters.
+
+    `rank` is that of the rod, `top` the directions of the central, covariance and
+    principal flow; the last is exact where the whole Hessian is small.
+    """
     if name not in FLOWS:
         raise ValueError(f"--flows {name}: choose from {', '.join(FLOWS)}")
-    if name == "rod":
-        return flows.rod(dynamics, rank=rank)
-    return getattr(flows, name)(dynamics)
+    options: dict[str, Any] = {
+        "rod": {"rank": rank},
+        "central": {"top": top},
+        "covariance": {"rank": top},
+        "principal": {"top": None if size <= DENSE else top},
+    }.get(name, {})
+    return getattr(flows, name.replace("-", "_"))(dynamics, **options)
 
 
 def solver(name: str) -> diffrax.AbstractSolver:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import optax
 import typer
 
 from rodjax import choices
@@ -60,6 +61,9 @@ def run(
         str, typer.Option(help=f"Comma-separated, of {', '.join(choices.FLOWS)}.")
     ] = "stable,rod,modulated",
     rank: Annotated[int, typer.Option(help="Rank of the rod.")] = 1,
+    top: Annotated[
+        int, typer.Option(help="Directions of central, covariance, principal.")
+    ] = 3,
     substeps: Annotated[int, typer.Option(help="Solver steps per step.")] = 4,
     solver: Annotated[str, typer.Option(help="An explicit diffrax solver.")] = "heun",
     float64: Annotated[
@@ -95,7 +99,11 @@ def run(
         )
         edge = threshold(dynamics, chosen.params, lr=lr)
         # Traced here, so that what cannot work is refused before anything runs.
-        models = {name: choices.flow(name, dynamics, rank) for name in names}
+        size = optax.tree.size(chosen.params)
+        models = {
+            name: choices.flow(name, dynamics, size=size, rank=rank, top=top)
+            for name in names
+        }
         window = jax.eval_shape(lambda: warm_up(dynamics, chosen.params, lr=lr))
         for model in models.values():
             jax.eval_shape(lambda w, m=model: m.init(w, lr, jax.random.key(0)), window)
@@ -117,6 +125,7 @@ def run(
     attributes = head | {
         "settings": json.dumps(hyperparameters),
         "rank": rank,
+        "top": top,
         "substeps": substeps,
         "solver": solver,
         "every": every,

@@ -1,39 +1,16 @@
-"""Curvature along a trajectory: Hessian-vector products, sharpness, its ratio."""
+"""Curvature along a trajectory: derivatives of the loss, sharpness and its ratio."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
-from matfree import decomp, eig
+from jaxtyping import PyTree
 
 from rodjax.dynamics import Dynamics, Loss, State
+from rodjax.eigen import Eigenpair, Eigenpairs, top_eigenpair, top_eigenpairs
 from rodjax.stability import coordinate_thresholds
 from rodjax.trajectory import Metric
-
-# Up to this many parameters the matrix is formed and diagonalized directly.
-DENSE = 32
-# Krylov dimension of one Lanczos sweep, and sweeps at most.
-KRYLOV = 12
-SWEEPS = 30
-
-
-class Eigenpair(NamedTuple):
-    """The algebraically largest eigenvalue of a symmetric operator.
-
-    - `value`: [].
-    - `vector`: unit norm, a pytree like the parameters.
-    - `residual`: |A v - value v| / |value|, []. Some eigenvalue lies within this
-      relative distance of `value`; a residual above the tolerance means that it has
-      not converged.
-    """
-
-    value: Float[Array, ""]
-    vector: PyTree
-    residual: Float[Array, ""]
 
 
 def hvp(loss: Loss, params: PyTree, vector: PyTree) -> PyTree:
@@ -51,75 +28,22 @@ def hvp(loss: Loss, params: PyTree, vector: PyTree) -> PyTree:
     return jax.jvp(jax.grad(loss), (params,), (vector,))[1]
 
 
-def top_eigenpair(
-    matvec: Callable[[PyTree], PyTree], guess: PyTree, *, tol: float | None = None
-) -> Eigenpair:
-    """Largest eigenvalue of a symmetric operator on pytrees, by restarted Lanczos.
+def third_derivative(loss: Loss, params: PyTree, u: PyTree, v: PyTree) -> PyTree:
+    r"""Third derivative applied to two vectors: $T[u, v] = \nabla_w (u^T H(w) v)$.
 
-    Sweeps of a short Lanczos process with full reorthogonalization (matfree), each
-    started from the last Ritz vector, until the residual is below `tol`: a good `guess`
-    (the eigenvector of the previous step) needs one sweep. Small operators are
-    diagonalized directly. Safe in float32; vmaps and jits.
-
-    **Arguments**
-
-    - `matvec`: pytree -> pytree, linear and symmetric.
-    - `guess`: a pytree of its argument's structure, not zero.
-    - `tol`: relative residual to reach; the square root of the dtype's epsilon if
-      `None`. After 30 sweeps the best pair so far comes back with its residual.
+    As nested jvps of the gradient. Symmetric in u and v, which have the structure and
+    shapes of `params`, as has the result. T[u, u] is the gradient of the curvature
+    $u^T H u$ along a fixed u.
 
     ```python
     >>> import jax.numpy as jnp, rodjax as rj
-    >>> scale = jnp.arange(1.0, 101.0)
-    >>> pair = rj.top_eigenpair(lambda v: scale * v, jnp.ones(100))
-    >>> float(pair.value.round(6)), bool(pair.residual < 1e-3)
-    (100.0, True)
+    >>> w, u, v = jnp.array([1.0, 2.0]), jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])
+    >>> rj.third_derivative(lambda w: jnp.sum(w**3), w, u, v).tolist()
+    [18.0, 48.0]
 
     ```
     """
-    flat, unravel = ravel_pytree(guess)
-
-    def apply(x):
-        return ravel_pytree(matvec(unravel(x)))[0]
-
-    def measured(vector):
-        image = apply(vector)
-        value = vector @ image
-        scale = jnp.maximum(jnp.abs(value), jnp.finfo(flat.dtype).tiny)
-        return Eigenpair(value, vector, jnp.linalg.norm(image - value * vector) / scale)
-
-    if flat.size <= DENSE:
-        matrix = jax.vmap(apply)(jnp.eye(flat.size, dtype=flat.dtype))
-        pair = measured(jnp.linalg.eigh(matrix)[1][:, -1])
-        return pair._replace(vector=unravel(pair.vector))
-
-    tol = float(jnp.finfo(flat.dtype).eps) ** 0.5 if tol is None else tol
-    lanczos = eig.eigh_partial(decomp.tridiag_sym(KRYLOV))
-    # An exact eigenvector would end the Krylov space, and divide by zero, at once.
-    noise = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)
-    noise = noise * (tol / jnp.linalg.norm(noise))
-
-    def sweep(carry):
-        count, pair = carry
-        start = pair.vector / jnp.linalg.norm(pair.vector) + noise
-        start = start / jnp.linalg.norm(start)
-        _, vectors = lanczos(apply, start)
-        vector = vectors[-1] / jnp.linalg.norm(vectors[-1])
-        # A Krylov space that ends early (a multiple of the identity) leaves NaN.
-        whole = jnp.all(jnp.isfinite(vector))
-        return count + 1, measured(jnp.where(whole, vector, start))
-
-    def unfinished(carry):
-        count, pair = carry
-        return (count == 0) | ((pair.residual > tol) & (count < SWEEPS))
-
-    unknown = jnp.full((), jnp.nan, flat.dtype)
-    _, pair = jax.lax.while_loop(
-        unfinished,
-        sweep,
-        (jnp.zeros((), jnp.int32), Eigenpair(unknown, flat, unknown)),
-    )
-    return pair._replace(vector=unravel(pair.vector))
+    return jax.jvp(lambda w: hvp(loss, w, u), (params,), (v,))[1]
 
 
 def sharpness(
@@ -139,6 +63,34 @@ def sharpness(
     """
     guess = random_direction(params) if guess is None else guess
     return top_eigenpair(lambda v: hvp(loss, params, v), guess, tol=tol)
+
+
+def hessian_eigenpairs(
+    loss: Loss,
+    params: PyTree,
+    k: int,
+    guess: PyTree | None = None,
+    *,
+    tol: float | None = None,
+) -> Eigenpairs:
+    """The k algebraically largest eigenvalues of the loss's Hessian, with eigenvectors.
+
+    `guess` is a warm start, a pytree like `params` with a leading axis k (the vectors
+    of a nearby Hessian); random if `None`. `tol` as in `top_eigenpairs`.
+
+    **Raises** `ValueError` if `k` is below 1 or above the number of parameters, or not
+    the leading axis of `guess`.
+
+    ```python
+    >>> import jax.numpy as jnp, rodjax as rj
+    >>> loss = lambda w: 0.5 * (3.0 * w[0] ** 2 + w[1] ** 2)
+    >>> rj.hessian_eigenpairs(loss, jnp.zeros(2), 2).values.tolist()
+    [3.0, 1.0]
+
+    ```
+    """
+    guess = _directions(params, k, guess)
+    return top_eigenpairs(lambda v: hvp(loss, params, v), guess, tol=tol)
 
 
 def sharpness_ratio(
@@ -165,6 +117,46 @@ def sharpness_ratio(
 
     ```
     """
+    guess = random_direction(state.params) if guess is None else guess
+    return top_eigenpair(_preconditioned(dynamics, state, lr), guess, tol=tol)
+
+
+def preconditioned_eigenpairs(
+    dynamics: Dynamics,
+    state: State,
+    k: int,
+    lr: PyTree = None,
+    guess: PyTree | None = None,
+    *,
+    tol: float | None = None,
+) -> Eigenpairs:
+    r"""The k largest preconditioned eigenvalues over their threshold.
+
+    Of $D^{-1/2} H D^{-1/2}$ as in `sharpness_ratio`, which is the first of them: every
+    mode above 1 is unstable. The eigenvectors are orthonormal in the coordinates
+    $D^{1/2} w$; `guess` is a warm start in the same, a pytree like the parameters with
+    a leading axis k, random if `None`. `tol` as in `top_eigenpairs`.
+
+    **Raises** `ValueError` if `k` is below 1 or above the number of parameters, or not
+    the leading axis of `guess`.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(0.5), lambda w: 0.5 * (3.0 * w[0]**2 + w[1]**2))
+    >>> state = sgd.init(jnp.zeros(2))
+    >>> rj.preconditioned_eigenpairs(sgd, state, 2).values.round(6).tolist()
+    [0.75, 0.25]
+
+    ```
+    """
+    guess = _directions(state.params, k, guess)
+    return top_eigenpairs(_preconditioned(dynamics, state, lr), guess, tol=tol)
+
+
+def _preconditioned(
+    dynamics: Dynamics, state: State, lr: PyTree
+) -> Callable[[PyTree], PyTree]:
+    """The product with D^{-1/2} H D^{-1/2} at `state`."""
     edges = coordinate_thresholds(dynamics, state, lr)
     root = jax.tree.map(jax.lax.rsqrt, edges)
 
@@ -172,13 +164,27 @@ def sharpness_ratio(
         curved = hvp(dynamics.loss, state.params, optax.tree.mul(root, v))
         return optax.tree.mul(root, curved)
 
-    guess = random_direction(state.params) if guess is None else guess
-    return top_eigenpair(matvec, guess, tol=tol)
+    return matvec
 
 
 def random_direction(params: PyTree) -> PyTree:
     """A fixed random vector like `params`, to start an iteration from."""
     return optax.tree.random_like(jax.random.key(0), params)
+
+
+def _directions(params: PyTree, k: int, guess: PyTree | None) -> PyTree:
+    """`guess`, checked, or k fixed random vectors like `params`."""
+    size = optax.tree.size(params)
+    if not 1 <= k <= size:
+        raise ValueError(f"k must be between 1 and the {size} parameters; got {k}")
+    like = jax.tree.map(lambda x: jnp.broadcast_to(x, (k, *jnp.shape(x))), params)
+    if guess is None:
+        return random_direction(like)
+    if jax.tree.map(jnp.shape, guess) != jax.tree.map(jnp.shape, like):
+        raise ValueError(
+            f"guess must be a pytree like the parameters with a leading axis k = {k}"
+        )
+    return guess
 
 
 def edge_of_stability(dynamics: Dynamics, *, tol: float | None = None) -> Metric:
@@ -205,3 +211,41 @@ def edge_of_stability(dynamics: Dynamics, *, tol: float | None = None) -> Metric
         )
 
     return Metric(lambda snapshot, lr: random_direction(snapshot.centre.params), update)
+
+
+def spectrum(dynamics: Dynamics, k: int, *, tol: float | None = None) -> Metric:
+    """Metric `ratio_1` to `ratio_k` of `preconditioned_eigenpairs`, warm-started.
+
+    And the largest of their residuals, `residual`. For `metrics=` of `integrate` and
+    `descend`, in place of `edge_of_stability`, whose `sharpness_ratio` is `ratio_1`.
+    The ratios are taken at the centre.
+
+    **Raises** `ValueError` if `k` is below 1, and from `init` if it exceeds the number
+    of parameters.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(0.5), lambda w: 0.5 * (3.0 * w[0]**2 + w[1]**2))
+    >>> run = rj.descend(sgd, jnp.ones(2), 2, metrics=[rj.spectrum(sgd, 2)])
+    >>> run.metrics["ratio_2"].round(6).tolist()
+    [0.25, 0.25, 0.25]
+
+    ```
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1; got {k}")
+
+    def update(snapshot, vectors, lr):
+        pairs = preconditioned_eigenpairs(
+            dynamics, snapshot.centre, k, lr, vectors, tol=tol
+        )
+        values = {f"ratio_{i + 1}": value for i, value in enumerate(pairs.values)}
+        values["residual"] = jnp.max(pairs.residuals)
+        # A lane that has diverged must not hand NaN to a later warm start.
+        return values, optax.tree.where(
+            jnp.isfinite(values["residual"]), pairs.vectors, vectors
+        )
+
+    return Metric(
+        lambda snapshot, lr: _directions(snapshot.centre.params, k, None), update
+    )

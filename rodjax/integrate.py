@@ -85,6 +85,7 @@ def _descend(
             centre=midpoint(window),
             ends=stack(window.at(0).params, window.at(1).params),
             amplitude=optax.tree.norm(alternating(window).params),
+            report={},
         )
 
     def advance(window: Window) -> Advance:
@@ -191,11 +192,11 @@ def _integrate(
 
     def snapshot(moment) -> Snapshot:
         t, y = moment
-        centre, ends = flow.centre(y), flow.ends(y)
+        centre, (ends, report) = flow.centre(y), flow.observe(y, lr)
         apart = jax.tree.map(lambda e, c: e - c[None], ends, centre.params)
         count = jax.tree.leaves(ends)[0].shape[0]
         amplitude = optax.tree.norm(apart) / count**0.5
-        return Snapshot(t + flow.offset, centre, ends, amplitude)
+        return Snapshot(t + flow.offset, centre, ends, amplitude, report)
 
     def advance(moment) -> Advance:
         t, y = moment

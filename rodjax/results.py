@@ -17,6 +17,9 @@ UNITS = {
     "amplitude": "size of the oscillation of the parameters",
     "sharpness_ratio": "preconditioned sharpness over its stability threshold",
     "residual": "relative residual of the sharpness's eigenpair",
+    "predicted_loss": "time-averaged loss that the central flow predicts",
+    "predicted_grad_norm": "root-mean-square gradient that the central flow predicts",
+    "complementarity": "residual of the central flow's complementarity problem",
     "distance": "distance of the centre from the run's midpoint",
 }
 
@@ -27,8 +30,9 @@ def dataset(
     """A run and its flows as an xarray data set, ready for `to_netcdf`.
 
     Dimensions: `model` ("run" and the flows' names) and `step` (optimizer steps; of a
-    flow of half-step midpoints, the step before). Variables: every metric recorded for
-    all, and `distance` (zero for the run). `settings` become attributes.
+    flow of half-step midpoints, the step before). Variables: every recorded metric, NaN
+    for a model that lacks it, and `distance` (zero for the run). `settings` become
+    attributes.
 
     **Raises** `ValueError` where `compare` does, `ImportError` without xarray
     (`pip install "rodjax[cli]"`).
@@ -46,14 +50,11 @@ def dataset(
     import xarray
 
     comparisons = {name: compare(flow, run) for name, flow in flows.items()}
-    names = [
-        name
-        for name in run.metrics
-        if all(name in flow.metrics for flow in flows.values())
-    ]
+    models = [run, *flows.values()]
+    names = dict.fromkeys(name for model in models for name in model.metrics)
+    missing = np.full(run.steps.shape, np.nan)
     values: dict[str, list[Any]] = {
-        name: [run.metrics[name], *(flow.metrics[name] for flow in flows.values())]
-        for name in names
+        name: [model.metrics.get(name, missing) for model in models] for name in names
     }
     values["distance"] = [
         np.zeros(run.steps.shape),

@@ -97,6 +97,46 @@ def coordinate_thresholds(
     return jax.tree.map(jnp.vectorize(root, signature="(n,n),(n)->()"), free, response)
 
 
+def inverse_preconditioner(
+    dynamics: Dynamics, state: State, lr: PyTree = None
+) -> PyTree:
+    r"""The diagonal of $P^{-1}$, learning rate included, at frozen second moments.
+
+    An optimizer without momentum takes the step $-P^{-1} g$: $\eta$ for GD,
+    $\eta / (\sqrt\nu + \epsilon)$ for RMSProp, with the second moment it divides by (the
+    one after its update) as in `state`. A pytree like the parameters.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> rms = rj.dynamics(optax.rmsprop(0.1, eps=0.0), lambda w: jnp.sum(w**2))
+    >>> state = rms.init(jnp.zeros(2))
+    >>> state = state._replace(slow=optax.tree.full_like(state.slow, 4.0))
+    >>> rj.stability.inverse_preconditioner(rms, state).round(6).tolist()
+    [0.05, 0.05]
+
+    ```
+    """
+    response = linearize(dynamics, state, lr).response
+    return jax.tree.map(lambda x: -x[..., 0], response)
+
+
+def learning_rate(
+    dynamics: Dynamics, state: State, lr: PyTree = None
+) -> Float[Array, ""]:
+    """The rate of gradient descent at `state`, whose clock a schedule may read.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(0.1), lambda w: jnp.sum(w**2))
+    >>> float(rj.stability.learning_rate(sgd, sgd.init(jnp.zeros(2))))
+    0.1
+
+    ```
+    """
+    first = jax.tree.leaves(inverse_preconditioner(dynamics, state, lr))[0]
+    return first.reshape(-1)[0]
+
+
 def threshold(
     dynamics: Dynamics, params: PyTree, *, lr: PyTree = None
 ) -> Float[Array, ""]:

@@ -22,12 +22,14 @@ class Snapshot(NamedTuple):
       jump: a run's w[t] and w[t+1].
     - `amplitude`: size of the oscillation of the parameters about the centre, []: for
       a run the norm of its alternating part.
+    - `report`: named scalars that a flow tells of itself; of a run none.
     """
 
     step: Float[Array, ""]
     centre: State
     ends: PyTree
     amplitude: Float[Array, ""]
+    report: dict[str, Array]
 
 
 class Metric(NamedTuple):
@@ -112,7 +114,7 @@ class Recorder(NamedTuple):
 
         def save(state, carries, ok):
             seen = snapshot(state)
-            values, new = {}, []
+            values, new = dict(seen.report), []
             for metric, carry in zip(metrics, carries, strict=True):
                 named, following = metric.update(seen, carry, lr)
                 values |= named

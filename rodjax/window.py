@@ -39,8 +39,8 @@ def _combine(window: Window, weights: list[float], first: int) -> State:
     )
 
 
-def midpoint(window: Window) -> State:
-    """Second-order midpoint at `step`: (z[t-1] + 2 z[t] + z[t+1]) / 4.
+def midpoint(window: Window, ahead: int = 0) -> State:
+    """Second-order midpoint at t = `step + ahead`: (z[t-1] + 2 z[t] + z[t+1]) / 4.
 
     It removes a period-two oscillation of slowly varying amplitude to second order
     (Cohen et al., arXiv 2410.24206).
@@ -54,7 +54,7 @@ def midpoint(window: Window) -> State:
 
     ```
     """
-    return _combine(window, [0.25, 0.5, 0.25], -1)
+    return _combine(window, [0.25, 0.5, 0.25], ahead - 1)
 
 
 def half_step_midpoint(window: Window) -> State:

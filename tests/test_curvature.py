@@ -1,6 +1,4 @@
-"""Hessian-vector products and top eigenpairs against dense linear algebra."""
-
-from functools import cache
+"""Hessians, third derivatives and their metrics against dense linear algebra."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import rodjax as rj
-from rodjax.curvature import DENSE, KRYLOV, SWEEPS
+from rodjax.eigen import DENSE
 
 
 def tanh_loss(params):
@@ -29,9 +27,23 @@ def tanh_params(dtype="float64"):
     }
 
 
+def net_loss(params):
+    """The loss of a small nested network, with 72 parameters."""
+    inputs = jnp.linspace(-1.0, 1.0, 24, dtype=params["out"].dtype).reshape(6, 4)
+    layer = params["layer"]
+    outputs = jnp.tanh(inputs @ layer["v"] + layer["b"][None]) @ params["out"]
+    return jnp.mean((outputs - jnp.sin(3 * inputs[:, 0])) ** 2)
+
+
+def net_params():
+    shapes = {"layer": {"b": (12,), "v": (4, 12)}, "out": (12,)}
+    blank = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return optax.tree.random_like(jax.random.key(4), blank)
+
+
 def dense_hessian(loss, params):
     flat, unravel = ravel_pytree(params)
-    return jax.hessian(lambda x: loss(unravel(x)))(flat)
+    return jax.jit(jax.hessian(lambda x: loss(unravel(x))))(flat)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -44,138 +56,6 @@ def test_hvp_is_a_product_with_the_dense_hessian(dtype):
     truth = dense_hessian(tanh_loss, params) @ ravel_pytree(vector)[0]
     rtol = 1e-4 if dtype == "float32" else 1e-11
     np.testing.assert_allclose(ravel_pytree(product)[0], truth, rtol=rtol, atol=rtol)
-
-
-# n -> eigenvalues, largest last. Dense below DENSE, restarted Lanczos above it.
-SPECTRA = {
-    "isolated": lambda n: np.append(np.linspace(-0.1, 1.0, n - 1), 3.0),
-    "close top pair": lambda n: np.append(np.linspace(0.1, 0.9, n - 2), [1.0, 1.001]),
-    "double top": lambda n: np.append(np.linspace(0.1, 0.9, n - 2), [2.0, 2.0]),
-    # The largest in size is -10: a power iteration would find that one.
-    "negative bulk": lambda n: np.append(np.linspace(-10.0, -0.1, n - 1), 0.5),
-    "all negative": lambda n: np.append(np.linspace(-10.0, -2.0, n - 1), -0.1),
-    "rank three": lambda n: np.append(np.zeros(n - 3), [1.0, 2.0, 3.0]),
-    "small top": lambda n: np.concatenate([[-5.0], np.zeros(n - 2), [1e-3]]),
-    "rank one": lambda n: np.append(np.zeros(n - 1), 4.0),
-}
-SIZES = [20, 60, 400]
-
-
-@cache
-def matrix(name, n):
-    basis = np.linalg.qr(np.random.default_rng(n).normal(size=(n, n)))[0]
-    return basis @ np.diag(SPECTRA[name](n)) @ basis.T
-
-
-@jax.jit
-def solve(symmetric, guess):
-    return rj.top_eigenpair(lambda v: symmetric @ v, guess)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("name", SPECTRA)
-def test_top_eigenpair_of_a_prescribed_spectrum(name, n, dtype):
-    symmetric = jnp.asarray(matrix(name, n), dtype)
-    values, vectors = np.linalg.eigh(matrix(name, n))
-    pair = solve(symmetric, jax.random.normal(jax.random.key(1), (n,), dtype))
-    eps = float(jnp.finfo(dtype).eps)
-    size = abs(values).max()
-    assert pair.value.dtype == pair.vector.dtype == jnp.dtype(dtype)
-    np.testing.assert_allclose(pair.value, values[-1], rtol=1e-12, atol=50 * eps * size)
-    np.testing.assert_allclose(jnp.linalg.norm(pair.vector), 1.0, rtol=10 * eps)
-    # Rounding allows no residual below eps |A|, however small the eigenvalue.
-    tol = max(eps**0.5, 50 * eps * size / abs(values[-1]))
-    assert float(pair.residual) <= tol
-    gap = np.linalg.norm(symmetric @ pair.vector - pair.value * pair.vector)
-    assert gap / abs(values[-1]) <= tol
-    if name != "double top":
-        along = abs(float(pair.vector @ vectors[:, -1]))
-        distance = values[-1] - values[-2]
-        assert along > 1 - max((tol * abs(values[-1]) / distance) ** 2, 50 * eps)
-
-
-def counted(symmetric):
-    """The product with a matrix, and a list that grows by one a call."""
-    calls = []
-
-    def matvec(v):
-        jax.debug.callback(lambda: calls.append(1))
-        return symmetric @ v
-
-    return matvec, calls
-
-
-@pytest.mark.parametrize("name", ["close top pair", "all negative"])
-def test_warm_start_needs_one_sweep(name):
-    n = 60
-    symmetric = jnp.asarray(matrix(name, n))
-    matvec, calls = counted(symmetric)
-
-    @jax.jit
-    def run(guess):
-        return rj.top_eigenpair(matvec, guess)
-
-    cold = run(jnp.ones(n))
-    jax.effects_barrier()
-    cost = len(calls)
-    # Where the next step of a trajectory starts: close to, but not at, the vector.
-    nudge = 1e-7 * jax.random.normal(jax.random.key(3), (n,))
-    warm = run(cold.vector + nudge)
-    jax.effects_barrier()
-    one_sweep = KRYLOV + 1
-    assert len(calls) - cost == one_sweep < 2 * one_sweep < cost
-    np.testing.assert_allclose(warm.value, cold.value, rtol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("name", ["isolated", "rank one"])
-def test_an_exact_eigenvector_is_a_fine_guess(name, n, dtype):
-    values, vectors = np.linalg.eigh(matrix(name, n))
-    symmetric = jnp.asarray(matrix(name, n), dtype)
-    pair = solve(symmetric, jnp.asarray(vectors[:, -1], dtype))
-    eps = float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(
-        pair.value, values[-1], rtol=0, atol=50 * eps * abs(values).max()
-    )
-
-
-def test_an_eigenvector_below_the_top_does_not_trap_the_iteration():
-    values, vectors = np.linalg.eigh(matrix("isolated", 60))
-    pair = solve(jnp.asarray(matrix("isolated", 60)), jnp.asarray(vectors[:, 0]))
-    np.testing.assert_allclose(pair.value, values[-1], rtol=1e-12)
-
-
-@pytest.mark.parametrize("scale", [0.0, 1.0])
-def test_multiples_of_the_identity(scale):
-    guess = jax.random.normal(jax.random.key(1), (60,), jnp.float32)
-    pair = solve(scale * jnp.eye(60, dtype=jnp.float32), guess)
-    np.testing.assert_allclose(pair.value, scale, atol=1e-5)
-
-
-def test_what_has_not_converged_says_so():
-    # One eigenvalue every 1 / 400: no gap to speak of at the top.
-    symmetric = jnp.diag(jnp.linspace(-1.0, -1e-3, 400))
-    matvec, calls = counted(symmetric)
-    pair = jax.jit(lambda v: rj.top_eigenpair(matvec, v, tol=1e-13))(jnp.ones(400))
-    jax.effects_barrier()
-    assert len(calls) == SWEEPS * (KRYLOV + 1)
-    assert float(pair.residual) > 1e-13
-    error = abs(float(pair.value) + 1e-3) / 1e-3
-    assert error <= float(pair.residual) < np.inf
-
-
-@pytest.mark.parametrize("n", [20, 60])
-def test_lanes_of_a_vmap_equal_single_solves(n):
-    stack = jnp.stack([matrix(name, n) for name in ("isolated", "negative bulk")])
-    guess = jax.random.normal(jax.random.key(1), (n,))
-    many = jax.vmap(solve, (0, None))(stack, guess)
-    for i, symmetric in enumerate(stack):
-        # A lane that is done waits for the others unchanged.
-        one = solve(symmetric, guess)
-        np.testing.assert_allclose(many.value[i], one.value, rtol=1e-13)
-        assert abs(float(many.vector[i] @ one.vector)) == pytest.approx(1.0, abs=1e-13)
 
 
 @pytest.mark.parametrize("guess", ["none", "given"])
@@ -218,3 +98,128 @@ def test_edge_of_stability_along_a_run(width, momentum):
     np.testing.assert_allclose(run.metrics["sharpness_ratio"], truth, rtol=1e-10)
     assert float(run.metrics["residual"].max()) < 1e-7
     assert float(np.ptp(truth)) > 1e-3
+
+
+def flat_rows(vectors):
+    return jax.vmap(lambda v: ravel_pytree(v)[0])(vectors)
+
+
+def test_hessian_eigenpairs_of_a_nested_pytree():
+    params, k = net_params(), 3
+    solve = jax.jit(lambda *x: rj.hessian_eigenpairs(net_loss, x[0], k, *x[1:]))
+    pairs = solve(params)
+    truth, vectors = np.linalg.eigh(dense_hessian(net_loss, params))
+    np.testing.assert_allclose(pairs.values, truth[::-1][:k], rtol=1e-11)
+    assert jax.tree.structure(pairs.vectors) == jax.tree.structure(params)
+    assert pairs.vectors["layer"]["v"].shape == (k, 4, 12)
+    along = np.abs(np.sum(flat_rows(pairs.vectors).T * vectors[:, ::-1][:, :k], 0))
+    np.testing.assert_allclose(along, 1.0, atol=1e-9)
+    assert float(pairs.residuals.max()) < 1e-7
+    nearby = jax.tree.map(lambda x: 1.0001 * x, params)
+    warm = solve(nearby, pairs.vectors)
+    assert 1 <= int(warm.iterations) < int(pairs.iterations)
+    truth = np.linalg.eigvalsh(dense_hessian(net_loss, nearby))
+    np.testing.assert_allclose(warm.values, truth[::-1][:k], rtol=1e-11)
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
+def test_preconditioned_eigenpairs_against_the_dense_matrix(optimizer):
+    params, lr, k = net_params(), 0.01, 3
+    dynamics = rj.dynamics(getattr(optax, optimizer), net_loss)
+    state = dynamics.init(params, lr)
+    update = jax.jit(dynamics.update)
+    for _ in range(5):
+        state = update(state, lr)
+
+    @jax.jit
+    def solve(state):
+        return (
+            rj.preconditioned_eigenpairs(dynamics, state, k, lr),
+            rj.sharpness_ratio(dynamics, state, lr),
+            ravel_pytree(rj.coordinate_thresholds(dynamics, state, lr))[0],
+        )
+
+    pairs, one, edges = solve(state)
+    if optimizer == "rmsprop":
+        # GD's threshold times the preconditioner.
+        root = (ravel_pytree(state.slow[1])[0] + 1e-8) ** 0.5
+        np.testing.assert_allclose(edges, 2 / lr * root, rtol=1e-9)
+    hessian = dense_hessian(net_loss, state.params)
+    scaled = hessian / np.sqrt(np.outer(edges, edges))
+    truth = np.linalg.eigvalsh(scaled)[::-1][:k]
+    np.testing.assert_allclose(pairs.values, truth, rtol=1e-11)
+    # Taken to the parameters they solve H w = ratio D w.
+    rows = np.asarray(flat_rows(pairs.vectors)) / np.sqrt(edges)
+    np.testing.assert_allclose(
+        rows @ np.asarray(hessian),
+        np.asarray(pairs.values)[:, None] * rows * np.asarray(edges),
+        atol=1e-6,
+    )
+    np.testing.assert_allclose(one.value, pairs.values[0], rtol=1e-11)
+
+
+@pytest.mark.parametrize("k", [0, 21])
+def test_an_impossible_number_of_eigenpairs_is_named(k):
+    params = tanh_params()
+    sgd = rj.dynamics(optax.sgd(0.1), tanh_loss)
+    with pytest.raises(ValueError, match=f"k must be .* 20 parameters; got {k}"):
+        rj.hessian_eigenpairs(tanh_loss, params, k)
+    with pytest.raises(ValueError, match=f"k must be .* 20 parameters; got {k}"):
+        rj.preconditioned_eigenpairs(sgd, sgd.init(params), k)
+
+
+def test_a_guess_of_another_shape_is_named():
+    params = tanh_params()
+    with pytest.raises(ValueError, match="leading axis k = 2"):
+        rj.hessian_eigenpairs(tanh_loss, params, 2, params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_third_derivative_against_the_dense_tensor(dtype):
+    params = tanh_params(dtype)
+    u, v = (optax.tree.random_like(jax.random.key(i), params) for i in (5, 6))
+    solve = jax.jit(lambda *x: rj.third_derivative(tanh_loss, *x))
+    bent = solve(params, u, v)
+    assert jax.tree.map(jnp.shape, bent) == jax.tree.map(jnp.shape, params)
+    assert {x.dtype for x in jax.tree.leaves(bent)} == {jnp.dtype(dtype)}
+    flat, unravel = ravel_pytree(params)
+    tensor = jax.jit(jax.jacfwd(jax.hessian(lambda x: tanh_loss(unravel(x)))))(flat)
+    truth = jnp.einsum("ijk,i,j->k", tensor, ravel_pytree(u)[0], ravel_pytree(v)[0])
+    tol = 1e-4 if dtype == "float32" else 1e-12
+    np.testing.assert_allclose(ravel_pytree(bent)[0], truth, rtol=tol, atol=tol)
+    mirrored = solve(params, v, u)
+    np.testing.assert_allclose(
+        ravel_pytree(bent)[0], ravel_pytree(mirrored)[0], rtol=tol, atol=tol
+    )
+
+
+def test_third_derivative_of_a_cubic_is_exact():
+    tensor = jnp.arange(27.0).reshape(3, 3, 3)
+    loss = lambda w: jnp.einsum("ijk,i,j,k->", tensor, w, w, w)
+    w, u, v = jnp.ones(3), jnp.array([1.0, 2.0, 0.0]), jnp.array([0.0, -1.0, 3.0])
+    orders = ["ijk", "ikj", "jik", "jki", "kij", "kji"]
+    truth = sum(jnp.einsum(f"{o},i,j->k", tensor, u, v) for o in orders)
+    assert rj.third_derivative(loss, w, u, v).tolist() == truth.tolist()
+
+
+def test_spectrum_along_a_run():
+    lr, k = 0.05, 3
+    mix = jax.random.normal(jax.random.key(1), (80, 60)) / 9.0
+    loss = lambda w: jnp.sum(jnp.tanh(mix @ w - 0.5) ** 2)
+    dynamics = rj.dynamics(lambda lr: optax.sgd(lr, 0.5), loss)
+    start = jax.random.normal(jax.random.key(2), (60,))
+    metric = rj.spectrum(dynamics, k)
+    run = rj.descend(dynamics, start, 4, lr=lr, every=2, metrics=[metric])
+    truth = np.linalg.eigvalsh(jax.vmap(jax.hessian(loss))(run.params)) * lr / 3
+    for i in range(1, k + 1):
+        np.testing.assert_allclose(run.metrics[f"ratio_{i}"], truth[:, -i], rtol=1e-10)
+    assert "ratio_4" not in run.metrics
+    assert float(run.metrics["residual"].max()) < 1e-7
+
+
+def test_spectrum_names_an_impossible_k():
+    sgd = rj.dynamics(optax.sgd(0.1), tanh_loss)
+    with pytest.raises(ValueError, match="k must be at least 1; got 0"):
+        rj.spectrum(sgd, 0)
+    with pytest.raises(ValueError, match="20 parameters; got 21"):
+        rj.descend(sgd, tanh_params(), 2, metrics=[rj.spectrum(sgd, 21)])

@@ -129,7 +129,8 @@ def test_field_is_like_the_state_in_both_precisions(name, optimizer):
         assert {leaf.dtype for leaf in jax.tree.leaves(y)} == {dtype}
         centre = jax.eval_shape(flow.centre, y).params
         chex.assert_trees_all_equal_shapes_and_dtypes(centre, start(dtype))
-        ends = jax.eval_shape(flow.ends, y)
+        ends, report = jax.eval_shape(flow.observe, y, lr)
+        assert {x.dtype for x in report.values()} <= {dtype}
         each = jax.eval_shape(lambda e: jax.tree.map(lambda x: x[0], e), ends)
         chex.assert_trees_all_equal_shapes_and_dtypes(each, start(dtype))
 
@@ -234,7 +235,7 @@ def test_strict_promotion(name):
             y = jax.eval_shape(flow.init, begin, lr, KEY)
             jax.eval_shape(flow.vector_field, 0.0, y, lr)
             jax.eval_shape(flow.init, start(dtype), lr, KEY)
-            jax.eval_shape(flow.ends, y)
+            jax.eval_shape(flow.observe, y, lr)
 
 
 @pytest.mark.parametrize("name, optimizer", SOLVED)
@@ -255,7 +256,7 @@ def test_no_leaked_tracers(name, optimizer):
 def test_is_a_tuple_of_functions(name):
     flow = flow_of(name, "sgd")
     assert isinstance(flow, rj.flows.Flow) and flow.dynamics is model("sgd")
-    functions = flow.init, flow.vector_field, flow.centre, flow.ends
+    functions = flow.init, flow.vector_field, flow.centre, flow.observe
     assert all(callable(function) for function in functions)
     assert flow.offset == (0.5 if name.split()[0] in ("rod", "bundle", "dense") else 0)
 

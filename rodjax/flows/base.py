@@ -20,10 +20,14 @@ class Flow(NamedTuple):
     - `vector_field(t, y, lr) -> dy/dt`: pure; any diffrax solver takes it.
     - `centre(y) -> State`: the optimizer state at the centre; `.params` are what the
       flow predicts for the midpoint of the iterates.
-    - `ends(y) -> params` with a leading axis: the points between which the flow says
-      the iterates jump; their mean loss is the predicted time-averaged loss.
+    - `observe(y, lr) -> (ends, report)`: `ends` are parameters with a leading axis, the
+      points between which the flow says the iterates jump; their mean loss is the
+      predicted time-averaged loss. `report` holds named scalars that only this flow can
+      tell, recorded beside the metrics; mostly `{}`.
     - `dynamics`: the optimizer and loss that it models.
-    - `evaluations`: update-map evaluations in one call of the vector field.
+    - `evaluations`: update-map or gradient evaluations in one call of the vector field.
+    - `products`: products with the Hessian or a derivative of it in one call; NaN where
+      their number depends on the problem.
     - `offset`: 0 where the centre is the second-order midpoint at t, 1/2 where it is
       the half-step midpoint at t + 1/2.
     """
@@ -31,10 +35,11 @@ class Flow(NamedTuple):
     init: Callable[[PyTree | Window, PyTree, Array], Any]
     vector_field: Callable[[Any, Any, PyTree], Any]
     centre: Callable[[Any], State]
-    ends: Callable[[Any], PyTree]
+    observe: Callable[[Any, PyTree], tuple[PyTree, dict[str, Array]]]
     dynamics: Dynamics
     evaluations: int
-    offset: float
+    products: float = 0
+    offset: float = 0.0
 
 
 def shift(state: State, phase: PyTree, scale: float = 1.0) -> State:
@@ -53,6 +58,11 @@ def half_step_back(y: State, field: State) -> State:
     """
     back = jax.tree.map(lambda a, f: a - 0.5 * f, y, field)
     return back._replace(slow=jax.tree.map(lambda s: jnp.maximum(s, 0.0), back.slow))
+
+
+def alone(params: PyTree) -> tuple[PyTree, dict[str, Array]]:
+    """What a flow without oscillation observes: its centre."""
+    return stack(params), {}
 
 
 def stack(*trees: PyTree) -> PyTree:

@@ -126,12 +126,12 @@ def modulated(
         init=init,
         vector_field=vector_field,
         centre=lambda y: y.mean,
-        ends=lambda y: stack(
-            shift(y.mean, y.delta).params, shift(y.mean, y.delta, -1.0).params
+        observe=lambda y, lr: (
+            stack(shift(y.mean, y.delta).params, shift(y.mean, y.delta, -1.0).params),
+            {},
         ),
         dynamics=dynamics,
         evaluations=4 if bea else 2,
-        offset=0.0,
     )
 
 

@@ -10,13 +10,12 @@ from jaxtyping import Array, Float, PyTree
 
 from rodjax.dynamics import Dynamics, State
 from rodjax.flows.base import Flow, half_step_back, shift, stack
+from rodjax.flows.lowrank import cubature, flatten, tangent, unflatten
 from rodjax.stability import has_momentum
 from rodjax.window import Window, alternating, half_step_midpoint, warm_up
 
 # Size of the columns that start at random, relative to the rod.
 SPARE = 1e-3
-# Least ridge on the columns' Gram matrix: more of it and a spare column cannot grow.
-RIDGE = 1e-8
 
 
 class RodState(NamedTuple):
@@ -108,12 +107,13 @@ def rod(
         steps = jax.tree.map(
             lambda s, d: jnp.concatenate([s[None], d]), drift.phase, halves
         )
-        # Column j of V holds step j flat: M = V V^T / 2 - 2 Sigma.
-        columns = _flat(steps)
+        # Column j of V holds step j flat: M = V V^T - 2 Sigma.
+        columns = flatten(steps) / 2**0.5
         if dense:
-            grow = 0.5 * columns.T @ columns - 2.0 * y.extent
+            grow = columns.T @ columns - 2.0 * y.extent
         else:
-            grow = _unflat(_tangent(columns, _flat(y.extent)), y.extent)
+            rows = tangent(columns, flatten(y.extent), decay=2.0)
+            grow = unflatten(rows, y.extent)
         if bea:
             drift, _ = spread(half_step_back(y.mean, drift), rods, lr)
         return RodState(drift, grow)
@@ -147,63 +147,19 @@ def rod(
             columns.append(optax.tree.add(noise, flip) if j == 0 else noise)
         return RodState(mean, stack(*columns))
 
-    def ends(y: RodState) -> PyTree:
+    def observe(y: RodState, lr: PyTree) -> tuple[PyTree, dict[str, Array]]:
         rods = _leading(y, rank) if dense else y.extent
-        reach = jax.tree.leaves(rods)[0].shape[0] ** 0.5
-        return jax.tree.map(
-            lambda z, u: jnp.concatenate([z[None] + reach * u, z[None] - reach * u]),
-            y.mean.params,
-            rods[0],
-        )
+        return cubature(y.mean.params, rods[0]), {}
 
     return Flow(
         init=init,
         vector_field=vector_field,
         centre=lambda y: y.mean,
-        ends=ends,
+        observe=observe,
         dynamics=dynamics,
         evaluations=(4 if bea else 2) * rank,
         offset=0.5,
     )
-
-
-def _flat(stacked: PyTree) -> Float[Array, "k d"]:
-    return jax.vmap(lambda tree: ravel_pytree(tree)[0])(stacked)
-
-
-def _unflat(rows: Float[Array, "k d"], like: PyTree) -> PyTree:
-    return jax.vmap(ravel_pytree(jax.tree.map(lambda x: x[0], like))[1])(rows)
-
-
-def _tangent(
-    steps: Float[Array, "k d"], rods: Float[Array, "r d"]
-) -> Float[Array, "r d"]:
-    """dU/dt of the projection to rank r, with steps and rods as rows."""
-    # Scaled to unit length, a tiny column is as well determined as a long one.
-    length = jnp.linalg.norm(rods, axis=1, keepdims=True)
-    length = jnp.maximum(length, jnp.finfo(rods.dtype).tiny)
-    unit = rods / length
-    ridge = max(RIDGE, 8.0 * float(jnp.finfo(rods.dtype).eps))
-    gram = unit @ unit.T + ridge * jnp.eye(len(rods), dtype=rods.dtype)
-    inverse = _inverse(gram)
-    # M U C^-1, still scaled, without its part -2 U.
-    push = inverse @ ((unit @ steps.T) @ steps) / (2.0 * length)
-    inside = (inverse @ (unit @ push.T)).T @ unit
-    return push - 0.5 * inside - rods
-
-
-def _inverse(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
-    """Of a small positive definite matrix, by elimination, unrolled.
-
-    A LAPACK call for every stage of every step made the whole flow 15 times slower on
-    busy CPU cores.
-    """
-    size = len(gram)
-    both = jnp.concatenate([gram, jnp.eye(size, dtype=gram.dtype)], axis=1)
-    for i in range(size):
-        row = both[i] / both[i, i]
-        both = (both - jnp.outer(both[:, i], row)).at[i].set(row)
-    return both[:, size:]
 
 
 def _leading(y: RodState, rank: int) -> PyTree:

@@ -1,9 +1,7 @@
 """The naive continuous-time limit: the baseline that EoS breaks."""
 
-import jax
-
 from rodjax.dynamics import Dynamics
-from rodjax.flows.base import Flow
+from rodjax.flows.base import Flow, alone
 from rodjax.window import Window, midpoint
 
 
@@ -36,8 +34,7 @@ def stable(dynamics: Dynamics) -> Flow:
         init=init,
         vector_field=lambda t, y, lr: dynamics.increment(y, lr),
         centre=lambda y: y,
-        ends=lambda y: jax.tree.map(lambda x: x[None], y.params),
+        observe=lambda y, lr: alone(y.params),
         dynamics=dynamics,
         evaluations=1,
-        offset=0.0,
     )

@@ -2,6 +2,7 @@
 
 from rodjax.problems.base import Problem, float_dtype
 from rodjax.problems.digits import digits, digits_mlp
+from rodjax.problems.landscapes import banana, cosine
 from rodjax.problems.toys import (
     berthier,
     factorization,
@@ -12,7 +13,9 @@ from rodjax.problems.toys import (
 
 __all__ = [
     "Problem",
+    "banana",
     "berthier",
+    "cosine",
     "digits",
     "digits_mlp",
     "factorization",

@@ -11,20 +11,20 @@ from jaxtyping import Array, Float
 from rodjax.problems.base import Problem, float_dtype
 
 
-def _check_positive(name: str, value: float) -> None:
+def check_positive(name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}={value} must be positive and finite.")
 
 
-def _check_finite(name: str, values: Sequence[float]) -> None:
+def check_finite(name: str, values: Sequence[float]) -> None:
     if not all(math.isfinite(v) for v in values):
         raise ValueError(f"{name}={tuple(values)} must be finite.")
 
 
-def _check_pair(name: str, values: Sequence[float]) -> None:
+def check_pair(name: str, values: Sequence[float]) -> None:
     if len(values) != 2:
         raise ValueError(f"{name} has {len(values)} numbers: give it two.")
-    _check_finite(name, values)
+    check_finite(name, values)
 
 
 def _vector(
@@ -75,7 +75,7 @@ def quadratic(
     """
     dtype = float_dtype(dtype)
     eigenvalues = _vector("spectrum", spectrum, dtype)
-    _check_finite("scale", [scale])
+    check_finite("scale", [scale])
     key = jax.random.key(seed or 0)
     hessian = jnp.diag(eigenvalues)
     if seed is not None:
@@ -130,9 +130,9 @@ def quartic_well(
         0.5
     """
     dtype = float_dtype(dtype)
-    _check_positive("sharpness", sharpness)
-    _check_positive("quartic", quartic)
-    _check_finite("start", [start])
+    check_positive("sharpness", sharpness)
+    check_positive("quartic", quartic)
+    check_finite("start", [start])
 
     def loss(w):
         return sharpness * w**2 / 2 - quartic * w**4 / 4
@@ -181,9 +181,9 @@ def berthier(
         5.95
     """
     dtype = float_dtype(dtype)
-    _check_positive("eps", eps)
-    _check_finite("zeta", [zeta])
-    _check_pair("start", start)
+    check_positive("eps", eps)
+    check_finite("zeta", [zeta])
+    check_pair("start", start)
 
     def loss(params):
         x, y = params["x"], params["y"]
@@ -242,7 +242,7 @@ def factorization(
             f"singular_values={values.tolist()} must be non-negative and at most"
             f" min(d_in, d_out)={min(d_in, d_out)} in number."
         )
-    _check_finite("scale", [scale])
+    check_finite("scale", [scale])
     left, right, first, second = jax.random.split(jax.random.key(seed), 4)
     u = jax.random.orthogonal(left, d_out, dtype=dtype)[:, : values.size]
     v = jax.random.orthogonal(right, d_in, dtype=dtype)[:, : values.size]
@@ -286,8 +286,8 @@ def scalar_factorization(
         0.5
     """
     dtype = float_dtype(dtype)
-    _check_finite("target", [target])
-    _check_pair("start", start)
+    check_finite("target", [target])
+    check_pair("start", start)
 
     def loss(params):
         return (params["a"] * params["b"] - target) ** 2 / 2

@@ -1,5 +1,7 @@
-"""Optax transformations with one scalar second moment for the whole gradient."""
+"""Optax transformations: scalar second moments, and methods for the edge."""
 
+from rodjax.transforms.dal import ScaleByDalState, dal, scale_by_dal
+from rodjax.transforms.edge import EdgeGradientDescentState, edge_gradient_descent
 from rodjax.transforms.scalar import (
     ScaleByScalarRmsWithCountState,
     scalar_adam,
@@ -10,10 +12,15 @@ from rodjax.transforms.scalar import (
 )
 
 __all__ = [
+    "EdgeGradientDescentState",
+    "ScaleByDalState",
     "ScaleByScalarRmsWithCountState",
+    "dal",
+    "edge_gradient_descent",
     "scalar_adam",
     "scalar_nadam",
     "scalar_rmsprop",
+    "scale_by_dal",
     "scale_by_scalar_adam",
     "scale_by_scalar_rms",
 ]

@@ -1,0 +1,126 @@
+"""The edge flow: centre, direction and radius of one oscillation."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from rodjax.dynamics import Dynamics, State
+from rodjax.flows.base import Flow, shift, stack
+from rodjax.window import Window, alternating, midpoint
+
+
+class EdgeState(NamedTuple):
+    """State of the edge flow.
+
+    - `mean`: the optimizer state at the centre.
+    - `direction`: a unit vector u, structured as the phase.
+    - `radius`: r, [], at least the seed: z[t] = c + (-1)^t r u.
+    """
+
+    mean: State
+    direction: PyTree
+    radius: Float[Array, ""]
+
+
+def edge(dynamics: Dynamics, *, seed: float | None = None) -> Flow:
+    r"""The edge flow of gradient descent, and of any optimizer.
+
+    For gradient descent as published, with the constants (reconstructed): centre c,
+    unit direction u, radius r, Hessian H at c,
+
+    $$\dot c = -\tfrac\eta2 [g(c + ru) + g(c - ru)], \quad
+      \dot u = \eta [H u - (u \cdot H u) u], \quad
+      \dot r = (\eta\, u \cdot H u - 2)\, r .$$
+
+    u turns into the top eigenvector, and r grows exactly while the sharpness is above
+    $2/\eta$. Two gradients and one Hessian-vector product a call. Source: Marion, arXiv
+    2606.18080.
+
+    For other optimizers (ours) z, the phase, takes the place of w, and $M = -\Phi'(c)$,
+    the linearized update map, that of $\eta H - I$: $\dot c = \tfrac12 (F_+ + F_-)$,
+    $\dot u = M u - (u \cdot M u) u$, $\dot r = (u \cdot M u - 1)\, r$.
+
+    **Arguments**
+
+    - `seed`: least radius relative to the norm of the parameters; the dtype's epsilon
+      if `None`.
+
+    **Starting points.** u and r are the alternating part of a window and its size; from
+    scratch a random direction and the seed.
+
+    **Raises** `ValueError` if `seed` is negative.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> valley = rj.problems.berthier(start=(0.1, 6.5))
+    >>> sgd = rj.dynamics(optax.sgd(0.3), valley.loss)
+    >>> path = rj.integrate(rj.flows.edge(sgd), valley.params, steps=3000, every=10)
+    >>> bool(abs(path.params["y"][-1] - 2 / 0.3) < 0.1)
+    True
+
+    ```
+    """
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+
+    def least(params: PyTree) -> Array:
+        norm = optax.tree.norm(params)
+        return (float(jnp.finfo(norm.dtype).eps) if seed is None else seed) * norm
+
+    def vector_field(t, y: EdgeState, lr: PyTree) -> EdgeState:
+        unit = _unit(y.direction)
+        rod = optax.tree.scale(y.radius, unit)
+        plus = dynamics.increment(shift(y.mean, rod), lr)
+        minus = dynamics.increment(shift(y.mean, rod, -1.0), lr)
+        _, change = jax.jvp(
+            lambda phase: dynamics.increment(y.mean._replace(phase=phase), lr).phase,
+            (y.mean.phase,),
+            (unit,),
+        )
+        # M u = -(u + F' u), and M u - (u . M u) u leaves the first u out.
+        turned = optax.tree.scale(-1.0, change)
+        growth = optax.tree.vdot(unit, turned)
+        floor = jnp.maximum(least(y.mean.params) / y.radius - 1.0, 0.0)
+        return EdgeState(
+            mean=jax.tree.map(lambda p, m: 0.5 * (p + m), plus, minus),
+            direction=jax.tree.map(
+                lambda m, u, d: m - growth * u + (u - d), turned, unit, y.direction
+            ),
+            radius=(growth - 2.0 + 2.0 * floor) * y.radius,
+        )
+
+    def init(start: PyTree | Window, lr: PyTree, key: Array) -> EdgeState:
+        if isinstance(start, Window):
+            mean, apart = midpoint(start), alternating(start).phase
+        else:
+            mean = dynamics.init(start, lr)
+            apart = optax.tree.zeros_like(mean.phase)
+        # The iterates' own part may be rounding: all directions take part.
+        noise = optax.tree.random_like(key, mean.params)
+        size = least(mean.params) / optax.tree.norm(noise)
+        apart = (optax.tree.add_scale(apart[0], size, noise), *apart[1:])
+        tiny = jnp.finfo(size.dtype).tiny
+        return EdgeState(mean, _unit(apart), jnp.maximum(optax.tree.norm(apart), tiny))
+
+    def observe(y: EdgeState, lr: PyTree) -> tuple[PyTree, dict[str, Array]]:
+        rod = optax.tree.scale(y.radius, _unit(y.direction))
+        ends = shift(y.mean, rod).params, shift(y.mean, rod, -1.0).params
+        return stack(*ends), {}
+
+    return Flow(
+        init=init,
+        vector_field=vector_field,
+        centre=lambda y: y.mean,
+        observe=observe,
+        dynamics=dynamics,
+        evaluations=2,
+        products=1,
+    )
+
+
+def _unit(tree: PyTree) -> PyTree:
+    norm = optax.tree.norm(tree)
+    return optax.tree.scale(1.0 / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny), tree)

@@ -1,0 +1,97 @@
+"""Which optimizers a flow serves: those written for gradient descent, and near kin."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+from rodjax.dynamics import Dynamics, State
+from rodjax.stability import has_momentum, inverse_preconditioner
+from rodjax.window import Window, midpoint
+
+# A hyperparameter to try an optimizer with, whatever it is: lr, decay or epsilon.
+NOMINAL = 0.1
+
+
+def gradient_descent_start(
+    dynamics: Dynamics, start: PyTree | Window, lr: PyTree, flow: str
+) -> State:
+    """The centre to start a flow of gradient descent from.
+
+    **Raises** `ValueError` unless the optimizer's update is -lr * gradient, its rate
+    constant or on a schedule; the message names the flows that serve others.
+    """
+    state = _centre(dynamics, start, lr)
+    plain = not has_momentum(state) and not jax.tree.leaves(state.slow)
+    rates = _rates(dynamics, state.params, lr) if plain else None
+    if rates is None or not np.allclose(rates, rates[0, 0], rtol=1e-3):
+        raise ValueError(
+            f"{flow} models gradient descent only (optax.sgd without momentum: the "
+            "update is -lr * gradient). For this optimizer use rodjax.flows.stable, rod"
+            " or modulated; edge for momentum and RMSProp; central for RMSProp"
+        )
+    return state
+
+
+def preconditioned_start(
+    dynamics: Dynamics, start: PyTree | Window, lr: PyTree, flow: str
+) -> State:
+    """The centre to start a flow of preconditioned gradient descent from.
+
+    **Raises** `ValueError` unless the update is -P^-1 gradient with P a positive
+    diagonal matrix that the second moments and the clock alone decide on.
+    """
+    state = _centre(dynamics, start, lr)
+    if has_momentum(state) or _rates(dynamics, state.params, lr) is None:
+        raise ValueError(
+            f"{flow} models gradient descent and RMSProp, plain or scalar, with bias "
+            "correction and schedules: no momentum (nor its slot, with b1=0), weight "
+            "decay, clipping or signs. For this optimizer use rodjax.flows.stable, rod "
+            "or modulated, or edge for momentum"
+        )
+    return state
+
+
+def _centre(dynamics: Dynamics, start: PyTree | Window, lr: PyTree) -> State:
+    if isinstance(start, Window):
+        return midpoint(start)
+    return dynamics.init(start, lr)
+
+
+def _rates(dynamics: Dynamics, params: PyTree, lr: PyTree) -> np.ndarray | None:
+    """-update/gradient of every coordinate at gradients of two sizes; None if not so.
+
+    Tried out on numbers, since what is traced cannot be looked into.
+    """
+
+    def nominal(x: Any, value: float) -> Array:
+        return jnp.full(jnp.shape(x), value, jnp.result_type(x))
+
+    with jax.ensure_compile_time_eval():
+        lr = jax.tree.map(lambda x: nominal(x, NOMINAL), lr)
+        zero = dynamics.init(jax.tree.map(lambda x: nominal(x, 0.0), params), lr)
+        ones = optax.tree.ones_like(zero.params)
+        none = optax.tree.zeros_like(zero.params)
+        moved = zero._replace(phase=optax.tree.ones_like(zero.phase))
+        drift = dynamics.respond(moved, none, lr).params
+        still = _numbers(drift) == _numbers(ones)
+        if jax.tree.leaves(zero.slow):
+            # The second moments answer to the gradient, so at rest only.
+            found = [_numbers(inverse_preconditioner(dynamics, zero, lr))]
+        else:
+            grad = optax.tree.random_like(jax.random.key(0), zero.params)
+            found = []
+            for size in (1e-3, 1e3):
+                step = dynamics.respond(zero, optax.tree.scale(size, grad), lr).params
+                found.append(-_numbers(step) / (size * _numbers(grad)))
+    rates = np.stack(found)
+    steady = np.allclose(rates, rates[:1], rtol=1e-3)
+    valid = np.all(np.isfinite(rates) & (rates >= 0))
+    return rates if np.all(still) and steady and valid else None
+
+
+def _numbers(tree: PyTree) -> np.ndarray:
+    return np.concatenate([np.asarray(x).reshape(-1) for x in jax.tree.leaves(tree)])

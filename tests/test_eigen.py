@@ -1,0 +1,252 @@
+"""The largest eigenvalues of matrices with a prescribed decomposition."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rodjax as rj
+from rodjax.eigen import BLOCK_KRYLOV, KRYLOV, SWEEPS
+
+bulk = np.linspace
+
+# n -> eigenvalues, ascending.
+SPECTRA = {
+    "isolated": lambda n: np.append(bulk(-0.1, 1.0, n - 5), [2.0, 2.5, 3.0, 3.5, 4.0]),
+    "close top pair": lambda n: np.append(bulk(0.1, 0.9, n - 2), [1.0, 1.001]),
+    "close cluster": lambda n: np.append(
+        bulk(0.1, 0.9, n - 5), 1.0 + 1e-3 * np.arange(5)
+    ),
+    "double top": lambda n: np.append(bulk(0.1, 0.9, n - 2), [2.0, 2.0]),
+    "triple top": lambda n: np.append(bulk(0.1, 0.9, n - 3), [2.0, 2.0, 2.0]),
+    # Of multiplicity beyond any k here.
+    "eightfold top": lambda n: np.append(bulk(0.1, 0.9, n - 8), np.full(8, 2.0)),
+    # The largest in size is -10: a power iteration would find that one.
+    "negative bulk": lambda n: np.append(bulk(-10.0, -0.1, n - 5), [0.1, 1, 2, 3, 4]),
+    "all negative": lambda n: np.append(bulk(-10.0, -2.0, n - 1), -0.1),
+    "rank three": lambda n: np.append(np.zeros(n - 3), [1.0, 2.0, 3.0]),
+    "small top": lambda n: np.concatenate([[-5.0], np.zeros(n - 2), [1e-3]]),
+    "rank one": lambda n: np.append(np.zeros(n - 1), 4.0),
+    "all equal": lambda n: np.full(n, 3.0),
+    "zero": np.zeros,
+}
+# Every k up to 5. Of 20 parameters the matrix is formed, as of 60 with k = 5.
+CASES = [(20, 4), (60, 1), (60, 2), (60, 5), (400, 1), (400, 3), (400, 5)]
+
+
+@cache
+def basis(n):
+    return np.linalg.qr(np.random.default_rng(n).normal(size=(n, n)))[0]
+
+
+@cache
+def matrix(name, n):
+    return basis(n) * SPECTRA[name](n) @ basis(n).T
+
+
+@jax.jit
+def solve(symmetric, guess):
+    return rj.top_eigenpairs(lambda v: symmetric @ v, guess)
+
+
+def start(k, n, dtype="float64"):
+    return jax.random.normal(jax.random.key(1), (k, n), dtype)
+
+
+def check(pairs, name, dtype="float64"):
+    """Values, residuals, orthonormality and invariant subspace of a converged solve."""
+    n = pairs.vectors.shape[1]
+    values, vectors = SPECTRA[name](n)[::-1], basis(n)[:, ::-1]
+    rows = np.asarray(pairs.vectors, "float64")
+    k = len(rows)
+    eps, size = float(jnp.finfo(dtype).eps), abs(values).max()
+    scale = max(abs(values[:k]).max(), 1e-300)
+    assert {x.dtype for x in pairs[:3]} == {jnp.dtype(dtype)}
+    # Rounding allows no residual below eps |A|, however small the eigenvalue.
+    floor = 100 * eps * size
+    assert float(pairs.residuals.max()) <= max(eps**0.5, floor / scale)
+    np.testing.assert_allclose(rows @ rows.T, np.eye(k), atol=30 * eps)
+    assert np.all(np.diff(pairs.values) <= 0)
+    np.testing.assert_allclose(pairs.values, values[:k], rtol=0, atol=floor)
+    gaps = rows @ matrix(name, n) - np.asarray(pairs.values)[:, None] * rows
+    lengths = np.linalg.norm(gaps, axis=1)
+    np.testing.assert_allclose(pairs.residuals, lengths / scale, atol=floor / scale)
+    # Davis and Kahan, up to the first gap after the k-th eigenvalue.
+    below = [j for j in range(k, n) if values[j - 1] - values[j] > 1e-9 * size]
+    if below:
+        outside = np.linalg.norm(rows @ vectors[:, below[0] :], 2)
+        gap = values[below[0] - 1] - values[below[0]]
+        assert outside <= (np.linalg.norm(lengths) + floor) / gap
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("n", "k"), CASES)
+def test_top_eigenpairs_of_prescribed_spectra(n, k, dtype):
+    for name in SPECTRA:
+        symmetric = jnp.asarray(matrix(name, n), dtype)
+        check(solve(symmetric, start(k, n, dtype)), name, dtype)
+
+
+@pytest.mark.parametrize("n", [20, 65])
+def test_numpy_agrees_on_what_was_prescribed(n):
+    for name, spectrum in SPECTRA.items():
+        truth = np.linalg.eigvalsh(matrix(name, n))
+        np.testing.assert_allclose(spectrum(n), truth, atol=1e-13)
+
+
+@pytest.mark.parametrize("n", [20, 65])
+def test_top_eigenpair_is_the_first(n):
+    symmetric = jnp.asarray(matrix("isolated", n))
+    tree = {"a": start(1, n)[0, :5], "b": start(1, n)[0, 5:].reshape(3, -1)}
+    flat = lambda v: jnp.concatenate([v["a"], v["b"].ravel()])
+
+    def matvec(v):
+        image = symmetric @ flat(v)
+        return {"a": image[:5], "b": image[5:].reshape(3, -1)}
+
+    one = rj.top_eigenpair(matvec, tree)
+    many = solve(symmetric, start(1, n))
+    assert one.value.shape == one.residual.shape == ()
+    assert jax.tree.map(jnp.shape, one.vector) == jax.tree.map(jnp.shape, tree)
+    np.testing.assert_allclose(one.value, many.values[0], rtol=1e-14)
+    along = abs(float(flat(one.vector) @ many.vectors[0]))
+    assert along == pytest.approx(1.0, abs=1e-13)
+
+
+def counted(matvec):
+    """`matvec`, and a list that grows by one for each vector it is given."""
+    calls = []
+
+    def counting(v):
+        # With an argument, so that vmap calls it for every vector.
+        jax.debug.callback(lambda _: calls.append(1), v[0])
+        return matvec(v)
+
+    return counting, calls
+
+
+def cost(solver, calls, guess):
+    before = len(calls)
+    pairs = solver(guess)
+    jax.effects_barrier()
+    return len(calls) - before, pairs
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", ["close cluster", "negative bulk"])
+def test_warm_start_saves_products(name, k):
+    n = 400
+    symmetric = jnp.asarray(matrix(name, n))
+    matvec, calls = counted(lambda v: symmetric @ v)
+    solver = jax.jit(lambda guess: rj.top_eigenpairs(matvec, guess))
+    cold, pairs = cost(solver, calls, start(k, n))
+    sweep = k * (KRYLOV if k == 1 else BLOCK_KRYLOV)
+    # Each sweep, and k for the residuals that are reported.
+    assert cold == int(pairs.iterations) * sweep + k >= 3 * sweep
+    nudge = jax.random.normal(jax.random.key(3), (k, n)) / n**0.5
+    exact, _ = cost(solver, calls, pairs.vectors)
+    assert exact == sweep + k
+    # Where the next step of a trajectory starts.
+    near, _ = cost(solver, calls, pairs.vectors + 1e-7 * nudge)
+    assert near <= 2 * sweep + k
+    far, warm = cost(solver, calls, pairs.vectors + 1e-3 * nudge)
+    assert far < cold
+    check(warm, name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["isolated", "rank one", "triple top", "zero"])
+def test_degenerate_guesses(name, dtype):
+    n, k = 400, 3
+    symmetric = jnp.asarray(matrix(name, n), dtype)
+    vectors = basis(n)[:, ::-1]
+    random = np.asarray(start(k, n))
+    guesses = {
+        "exact": vectors[:, :k].T,
+        "exact and equal": vectors[:, [0, 0, 0]].T,
+        "eigenvectors at the bottom": vectors[:, -k:].T,
+        "zero": np.zeros((k, n)),
+        "one zero": random * [[1], [0], [1]],
+        "equal": np.ones((k, n)),
+        "dependent": random[[0, 1, 0]] + random[[1, 1, 1]],
+        "unit vectors": np.eye(n)[:k],
+        "far apart in size": random * [[1e12], [1], [1e-12]],
+    }
+    for guess in guesses.values():
+        check(solve(symmetric, jnp.asarray(guess, dtype)), name, dtype)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_krylov_spaces_that_end_at_once(k):
+    # Diagonal and exact: rounding adds no noise that would go on by chance.
+    scale = jnp.zeros(400).at[:2].set(jnp.array([1.0, 2.0]))
+    guess = jnp.eye(400)[2 : 2 + k]
+    pairs = jax.jit(lambda v: rj.top_eigenpairs(lambda x: scale * x, v))(guess)
+    np.testing.assert_allclose(pairs.values, [2.0, 1.0, 0.0][:k], atol=1e-14)
+    assert float(pairs.residuals.max()) < 1e-14
+    rows = np.asarray(pairs.vectors)
+    np.testing.assert_allclose(rows @ rows.T, np.eye(k), atol=1e-14)
+
+
+def test_what_has_not_converged_says_so():
+    # One eigenvalue every 1 / 4000: no gap to speak of at the top.
+    values = jnp.linspace(-1.0, -1e-3, 4000)
+    matvec, calls = counted(lambda v: values * v)
+    solver = jax.jit(lambda guess: rj.top_eigenpairs(matvec, guess, tol=1e-13))
+    for k, sweep in ((1, KRYLOV), (2, 2 * BLOCK_KRYLOV)):
+        spent, pairs = cost(solver, calls, start(k, 4000))
+        assert spent == SWEEPS * sweep + k
+        assert int(pairs.iterations) == SWEEPS
+        scale = np.abs(pairs.values).max()
+        assert float(pairs.residuals.max()) > 1e-13
+        # Some eigenvalue is that close to each.
+        nearest = np.abs(pairs.values[:, None] - values[None]).min(axis=1)
+        assert np.all(nearest / scale <= pairs.residuals)
+
+
+def test_a_looser_tolerance_takes_fewer_sweeps():
+    symmetric = jnp.asarray(matrix("close cluster", 400))
+    run = lambda tol: rj.top_eigenpairs(lambda v: symmetric @ v, start(3, 400), tol=tol)
+    loose, tight = run(1e-2), run(1e-12)
+    assert int(loose.iterations) < int(tight.iterations)
+    assert float(tight.residuals.max()) < 1e-12 < float(loose.residuals.max()) < 1e-2
+
+
+@pytest.mark.parametrize(("n", "k"), [(20, 2), (60, 1), (60, 2)])
+def test_lanes_of_a_vmap_equal_single_solves(n, k):
+    names = ("isolated", "negative bulk", "zero", "close cluster")
+    stack = jnp.stack([jnp.asarray(matrix(name, n)) for name in names])
+    guess = start(k, n)
+    many = jax.jit(jax.vmap(solve, (0, None)))(stack, guess)
+    for i, symmetric in enumerate(stack):
+        # A lane that is done waits for the others unchanged.
+        one = solve(symmetric, guess)
+        assert int(many.iterations[i]) == int(one.iterations)
+        np.testing.assert_allclose(many.values[i], one.values, rtol=1e-12)
+        check(jax.tree.map(lambda x, i=i: x[i], many), names[i])
+
+
+def test_a_lane_that_is_not_finite_ends_at_once_and_alone():
+    stack = jnp.stack(
+        [jnp.full((60, 60), jnp.nan), jnp.asarray(matrix("isolated", 60))]
+    )
+    pairs = jax.jit(jax.vmap(solve, (0, None)))(stack, start(2, 60))
+    assert int(pairs.iterations[0]) == 1
+    assert np.all(np.isnan(pairs.residuals[0]))
+    check(jax.tree.map(lambda x: x[1], pairs), "isolated")
+
+
+@pytest.mark.parametrize(
+    ("guess", "message"),
+    [
+        (jnp.ones(()), "leading axis k >= 1"),
+        (jnp.ones((0, 5)), "leading axis k >= 1"),
+        ({"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3))}, "one common leading axis"),
+        (jnp.ones((6, 5)), "k = 6 vectors of only 5 parameters"),
+    ],
+)
+def test_impossible_guesses_are_named(guess, message):
+    with pytest.raises(ValueError, match=message):
+        rj.top_eigenpairs(lambda v: v, guess)

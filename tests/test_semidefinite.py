@@ -1,0 +1,225 @@
+"""Semidefinite complementarity problems, against a conic solver and closed forms."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rodjax.semidefinite import complementarity
+
+solve = jax.jit(complementarity)
+
+
+def symmetric(rng, *shape):
+    m = rng.normal(size=(*shape, shape[-1]))
+    return (m + np.swapaxes(m, -1, -2)) / 2
+
+
+def gram(factors):
+    """B[X] = sum_n <G_n, X> G_n."""
+    return np.einsum("nij,nkl->ijkl", factors, factors)
+
+
+def full(k, rng):
+    return gram(symmetric(rng, k * (k + 1) // 2 + 2, k))
+
+
+def coercive(k, rank, rng):
+    """Singular, yet with a solution for every A, as one factor is definite."""
+    factors = symmetric(rng, rank, k)
+    factors[0] = np.eye(k) + 0.1 * factors[0]
+    return gram(factors)
+
+
+def from_solution(x_spectrum, s_spectrum, b, rng):
+    """A problem with the solution X = Q diag Q', S = Q diag Q'."""
+    q = np.linalg.qr(rng.normal(size=(len(x_spectrum),) * 2))[0]
+    x, s = (q * np.asarray(v) @ q.T for v in (x_spectrum, s_spectrum))
+    return s - np.einsum("ijkl,kl->ij", b, x), x
+
+
+def objective(a, b, x):
+    return np.sum(a * x) + np.einsum("ijkl,ij,kl->", b, x, x) / 2
+
+
+def violation(a, b, x):
+    """Largest violation of any of the conditions, A being of size 1."""
+    s = a + np.einsum("ijkl,kl->ij", b, x)
+    least = min(np.linalg.eigvalsh(x)[0], np.linalg.eigvalsh(s)[0])
+    return max(-least, abs(np.sum(x * s)), np.abs(x - x.T).max())
+
+
+def reference(a, b):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cvxpy = pytest.importorskip("cvxpy")
+        k = len(a)
+        values, vectors = np.linalg.eigh(b.reshape(k * k, k * k))
+        kept = values > 1e-12 * values[-1]
+        root = (vectors[:, kept] * np.sqrt(values[kept])).T
+        x = cvxpy.Variable((k, k), PSD=True)
+        quadratic = cvxpy.sum_squares(root @ cvxpy.vec(x, order="C")) / 2
+        problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.trace(a @ x) + quadratic))
+        accuracy = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-12)
+        problem.solve(solver=cvxpy.CLARABEL, **accuracy)
+    return x.value
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6])
+def test_agrees_with_a_conic_solver(k):
+    rng = np.random.default_rng(k)
+    operators = [full(k, rng), full(k, rng), coercive(k, 1, rng), coercive(k, 2, rng)]
+    shifts = [-0.5, -3.0, 0.0, 0.5]
+    for index, (b, shift) in enumerate(zip(operators, shifts, strict=True)):
+        a = symmetric(rng, k) + shift * np.eye(k)
+        a = a / np.linalg.norm(a)
+        solution = solve(a, b)
+        x, expected = np.asarray(solution.x), reference(a, b)
+        assert solution.residual < 1e-9
+        assert violation(a, b, x) < 1e-8
+        assert objective(a, b, x) == pytest.approx(objective(a, b, expected), abs=1e-6)
+        np.testing.assert_allclose(
+            solution.slack, a + np.einsum("ijkl,kl->ij", b, x), atol=1e-12
+        )
+        if index < 2:
+            np.testing.assert_allclose(x, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_no_curvature_to_balance_gives_exactly_zero(k):
+    rng = np.random.default_rng(k)
+    root = rng.normal(size=(k, k))
+    for a in (root @ root.T, np.zeros((k, k)), np.outer(root[0], root[0])):
+        for b in (full(k, rng), np.zeros((k,) * 4)):
+            solution = solve(a, b)
+            assert np.all(solution.x == 0)
+            assert solution.iterations == 0
+            assert solution.residual < 1e-14
+            np.testing.assert_allclose(solution.slack, a, atol=1e-14)
+
+
+@pytest.mark.parametrize("size_a, size_b", [(1e-30, 1e20), (1e12, 1e-9), (1e150, 1.0)])
+def test_units_do_not_matter(size_a, size_b):
+    rng = np.random.default_rng(0)
+    for k in (1, 3):
+        a, b = symmetric(rng, k) - 2 * np.eye(k), full(k, rng)
+        x = solve(a, b).x
+        scaled = solve(size_a * a, size_b * b)
+        assert scaled.residual < 1e-10
+        np.testing.assert_allclose(scaled.x * (size_b / size_a), x, atol=1e-6)
+
+
+def test_rotation_rotates_the_solution():
+    rng = np.random.default_rng(1)
+    a, b = symmetric(rng, 3) - np.eye(3), full(3, rng)
+    q = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    rotated = solve(q @ a @ q.T, np.einsum("ijkl,ai,bj,ck,dl->abcd", b, q, q, q, q))
+    np.testing.assert_allclose(rotated.x, q @ solve(a, b).x @ q.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_recovers_solutions_of_every_rank(rank):
+    rng = np.random.default_rng(rank)
+    here = np.arange(3) < rank
+    for _ in range(5):
+        b = full(3, rng)
+        a, x = from_solution(here * [0.5, 1, 2], ~here * [0.3, 1, 2], b, rng)
+        solution = solve(a, b)
+        assert solution.residual < 1e-10
+        np.testing.assert_allclose(solution.x, x, atol=1e-6)
+
+
+def test_an_eigenvalue_zero_of_both_matrices_costs_accuracy_only():
+    rng = np.random.default_rng(2)
+    for _ in range(5):
+        b = full(3, rng)
+        a, x = from_solution([1.0, 0, 0], [0, 0, 1.0], b, rng)
+        solution = solve(a, b)
+        assert solution.residual < 1e-9
+        np.testing.assert_allclose(solution.x, x, atol=1e-5)
+
+
+@pytest.mark.parametrize("margin", [-1e-3, -1e-5, -1e-8, -1e-14, 0.0, 1e-14, 1e-8])
+def test_an_eigenvalue_near_zero(margin):
+    rng = np.random.default_rng(3)
+    q = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    a, b = q * np.array([margin, 0.5, 1.0]) @ q.T, full(3, rng)
+    solution = solve(a, b)
+    # For a simple eigenvalue below zero, to first order in it.
+    vector = q[:, 0]
+    stiffness = np.einsum("ijkl,i,j,k,l->", b, *4 * [vector])
+    expected = np.outer(vector, vector) * max(-margin, 0) / stiffness
+    assert solution.residual < 1e-7
+    np.testing.assert_allclose(solution.x, expected, rtol=0.05, atol=1e-7 + margin**2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_no_solution_is_finite_and_says_so(k, dtype):
+    direction = np.zeros((1, k, k))
+    direction[0, -1, -1] = k > 1
+    a = np.diag(np.linspace(-1, 1, k) if k > 1 else [-1.0])
+    for b in (np.zeros((k,) * 4), gram(direction)):
+        solution = solve(jnp.asarray(a, dtype), jnp.asarray(b, dtype))
+        assert all(np.all(np.isfinite(leaf)) for leaf in solution)
+        assert solution.residual > 0.01
+        assert solution.iterations <= 40
+
+
+def test_float32():
+    rng = np.random.default_rng(4)
+    for k in (1, 2, 3, 4):
+        eye = np.eye(k)
+        b = full(k, rng) + 3 * np.einsum("ik,jl->ijkl", eye, eye)
+        b = (b + b.swapaxes(2, 3)) / 2
+        here = np.arange(k) < (k + 1) // 2
+        a, x = from_solution(here * 1.0, ~here * 1.0, b, rng)
+        solution = solve(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
+        assert solution.x.dtype == solution.residual.dtype == jnp.float32
+        assert solution.residual < 1e-4
+        np.testing.assert_allclose(solution.x, x, atol=1e-4)
+
+
+def test_vmap_equals_single_solves():
+    rng = np.random.default_rng(5)
+    a = symmetric(rng, 8, 3) - 0.5 * np.eye(3)
+    a[3] = np.eye(3)
+    b = np.stack([full(3, rng) for _ in a])
+    batch = jax.jit(jax.vmap(complementarity))(a, b)
+    for index in range(len(a)):
+        single = solve(a[index], b[index])
+        np.testing.assert_allclose(batch.x[index], single.x, atol=1e-6)
+        assert batch.residual[index] < 1e-10
+
+
+def test_compiles_once():
+    traces = []
+
+    @jax.jit
+    def counted(a, b):
+        traces.append(None)
+        return complementarity(a, b)
+
+    rng = np.random.default_rng(6)
+    for shift in (-3.0, 0.0, 3.0):
+        counted(symmetric(rng, 3) + shift * np.eye(3), full(3, rng))
+    assert len(traces) == 1
+
+
+def test_tolerance_saves_iterations():
+    rng = np.random.default_rng(7)
+    a, b = symmetric(rng, 3) - np.eye(3), full(3, rng)
+    loose = complementarity(a, b, tol=1e-3)
+    assert 1e-11 < loose.residual <= 1e-3
+    assert loose.iterations < solve(a, b).iterations
+
+
+def test_rejects_wrong_shapes():
+    with pytest.raises(ValueError, match="a must be a square"):
+        complementarity(jnp.ones((2, 3)), jnp.ones((2, 2, 2, 2)))
+    with pytest.raises(ValueError, match="a must be a square"):
+        complementarity(jnp.ones((0, 0)), jnp.ones((0, 0, 0, 0)))
+    with pytest.raises(ValueError, match="b must have shape"):
+        complementarity(jnp.eye(2), jnp.ones((3, 3, 3, 3)))
