@@ -7,7 +7,7 @@ from jaxtyping import Array, Complex, Float
 
 from rodjax.curvature import hessian_eigenpairs
 from rodjax.dynamics import Dynamics
-from rodjax.stability import learning_rate
+from rodjax.stability import has_momentum, learning_rate
 from rodjax.trajectory import Metric
 
 
@@ -21,8 +21,8 @@ def principal_coefficient(
 
     - `least`: the least |1 - x|, which keeps the logarithm finite at x = 1.
 
-    The branch is cut along the negative imaginary axis of 1 - x, so that rounding beside
-    the negative reals, where gradient descent flips signs, does not change it.
+    The branch is cut along the negative imaginary axis of 1 - x, so that rounding
+    beside the negative reals, where gradient descent flips signs, does not change it.
 
     ```python
     >>> import jax.numpy as jnp, rodjax as rj
@@ -32,12 +32,17 @@ def principal_coefficient(
 
     ```
     """
-    x = jnp.astype(x, jnp.result_type(x, jnp.complex64))
+    if not jnp.iscomplexobj(x):
+        x = jax.lax.complex(x, jnp.zeros_like(x))
     rest = 1.0 - x
-    size = jnp.maximum(jnp.abs(rest), least)
-    turned = jnp.angle(-1j * rest) + 0.5 * jnp.pi
-    log = jax.lax.complex(jnp.log(size), jnp.astype(turned, size.dtype))
-    # Near zero log(1 - x) cancels.
+    # Near zero 1 - x has lost digits of x; |1 - x|^2 - 1 need not.
+    near = jnp.abs(x) < 0.5
+    excess = jnp.real(x) * (jnp.real(x) - 2.0) + jnp.imag(x) ** 2
+    close = 0.5 * jnp.log1p(jnp.where(near, excess, 0.0))
+    far = jnp.log(jnp.maximum(jnp.abs(rest), least))
+    angle = jnp.angle(rest)
+    turned = jnp.where(angle < -0.5 * jnp.pi, angle + 2.0 * jnp.pi, angle)
+    log = jax.lax.complex(jnp.where(near, close, far), turned)
     small = jnp.abs(x) < 1e-3
     safe = jnp.where(small, 1.0, x)
     series = -1.0 - x * (1 / 2 + x * (1 / 3 + x * (1 / 4 + x / 5)))
@@ -52,11 +57,12 @@ def stability_coefficients(
     `stability_coefficient_1`, ... are the real parts of $\frac{\log(1 -
     \eta\lambda_i)}{\eta\lambda_i} (g \cdot u_i)$ at the centre, with the sign of $u_i$
     such that $g \cdot u_i \ge 0$: negative where the direction is descended, positive,
-    beyond $\eta\lambda_i = 2$, where it is climbed. `stability_residual` is the largest of
-    the eigenpairs'. For `metrics=` of `integrate` and `descend`, along any trajectory of
-    gradient descent. Source: Rosca et al., arXiv 2302.01952.
+    beyond $\eta\lambda_i = 2$, where it is climbed. `stability_residual` is the largest
+    of the eigenpairs'. For `metrics=` of `integrate` and `descend`, along any
+    trajectory of gradient descent. Source: Rosca et al., arXiv 2302.01952.
 
-    **Raises** `ValueError`, on use, if k is below 1 or above the number of parameters.
+    **Raises** `ValueError`, on use, if k is below 1 or above the number of parameters,
+    or if the optimizer has momentum or a preconditioner.
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
@@ -70,6 +76,11 @@ def stability_coefficients(
     """
 
     def look(snapshot, guess, lr):
+        if has_momentum(snapshot.centre) or jax.tree.leaves(snapshot.centre.slow):
+            raise ValueError(
+                "stability_coefficients describes gradient descent only. For other "
+                "optimizers record rodjax.spectrum(dynamics, k)"
+            )
         params = snapshot.centre.params
         pairs = hessian_eigenpairs(dynamics.loss, params, k, guess, tol=tol)
         rate = learning_rate(dynamics, snapshot.centre, lr)

@@ -17,7 +17,7 @@ class EdgeState(NamedTuple):
 
     - `mean`: the optimizer state at the centre.
     - `direction`: a unit vector u, structured as the phase.
-    - `radius`: r, [], at least the seed: z[t] = c + (-1)^t r u.
+    - `radius`: r, [], pushed out below the seed: z[t] = c + (-1)^t r u.
     """
 
     mean: State
@@ -36,8 +36,9 @@ def edge(dynamics: Dynamics, *, seed: float | None = None) -> Flow:
       \dot r = (\eta\, u \cdot H u - 2)\, r .$$
 
     u turns into the top eigenvector, and r grows exactly while the sharpness is above
-    $2/\eta$. Two gradients and one Hessian-vector product a call. Source: Marion, arXiv
-    2606.18080.
+    $2/\eta$: on average it is there, but r does not feel how the loss flattens along u,
+    so that nothing damps the swings where the eigenvectors are fixed. Two gradients and
+    one Hessian-vector product a call. Source: Marion, arXiv 2606.18080.
 
     For other optimizers (ours) z, the phase, takes the place of w, and $M = -\Phi'(c)$,
     the linearized update map, that of $\eta H - I$: $\dot c = \tfrac12 (F_+ + F_-)$,
@@ -58,7 +59,7 @@ def edge(dynamics: Dynamics, *, seed: float | None = None) -> Flow:
     >>> valley = rj.problems.berthier(start=(0.1, 6.5))
     >>> sgd = rj.dynamics(optax.sgd(0.3), valley.loss)
     >>> path = rj.integrate(rj.flows.edge(sgd), valley.params, steps=3000, every=10)
-    >>> bool(abs(path.params["y"][-1] - 2 / 0.3) < 0.1)
+    >>> bool(abs(path.params["y"].mean() - 2 / 0.3) < 0.05)
     True
 
     ```
@@ -80,16 +81,18 @@ def edge(dynamics: Dynamics, *, seed: float | None = None) -> Flow:
             (y.mean.phase,),
             (unit,),
         )
+        # The root of a second moment that is and stays zero has no derivative.
+        change = jax.tree.map(lambda x: jnp.where(jnp.isnan(x), 0.0, x), change)
         # M u = -(u + F' u), and M u - (u . M u) u leaves the first u out.
         turned = optax.tree.scale(-1.0, change)
         growth = optax.tree.vdot(unit, turned)
-        floor = jnp.maximum(least(y.mean.params) / y.radius - 1.0, 0.0)
+        short = jnp.maximum(least(y.mean.params) - y.radius, 0.0)
         return EdgeState(
             mean=jax.tree.map(lambda p, m: 0.5 * (p + m), plus, minus),
             direction=jax.tree.map(
                 lambda m, u, d: m - growth * u + (u - d), turned, unit, y.direction
             ),
-            radius=(growth - 2.0 + 2.0 * floor) * y.radius,
+            radius=(growth - 2.0) * y.radius + 2.0 * short,
         )
 
     def init(start: PyTree | Window, lr: PyTree, key: Array) -> EdgeState:
@@ -99,11 +102,16 @@ def edge(dynamics: Dynamics, *, seed: float | None = None) -> Flow:
             mean = dynamics.init(start, lr)
             apart = optax.tree.zeros_like(mean.phase)
         # The iterates' own part may be rounding: all directions take part.
-        noise = optax.tree.random_like(key, mean.params)
-        size = least(mean.params) / optax.tree.norm(noise)
-        apart = (optax.tree.add_scale(apart[0], size, noise), *apart[1:])
-        tiny = jnp.finfo(size.dtype).tiny
-        return EdgeState(mean, _unit(apart), jnp.maximum(optax.tree.norm(apart), tiny))
+        noise = _unit(optax.tree.random_like(key, mean.params))
+        apart = (
+            optax.tree.add_scale(apart[0], least(mean.params), noise),
+            *apart[1:],
+        )
+        radius = optax.tree.norm(apart)
+        # Without a seed, or at zero, there is no radius yet but a direction.
+        drawn = (noise, *optax.tree.zeros_like(apart[1:]))
+        direction = optax.tree.where(radius > 0, apart, drawn)
+        return EdgeState(mean, _unit(direction), radius)
 
     def observe(y: EdgeState, lr: PyTree) -> tuple[PyTree, dict[str, Array]]:
         rod = optax.tree.scale(y.radius, _unit(y.direction))

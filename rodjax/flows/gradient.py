@@ -1,5 +1,7 @@
 """Gradient flow and its corrections by backward error analysis: IGR and third order."""
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from rodjax.curvature import hvp, third_derivative
@@ -73,20 +75,30 @@ def third_order(dynamics: Dynamics) -> Flow:
     return _backward_error(dynamics, 3, "third_order")
 
 
+def half_step_earlier(y: State) -> State:
+    """`y` at the time when the rate of a schedule is to be read.
+
+    A step has the rate of its start: the mean, over its duration, of the schedule half
+    a step earlier. Not before the start, where a schedule need not be defined.
+    """
+    return y._replace(clock=jax.tree.map(lambda t: jnp.maximum(t - 0.5, 0.0), y.clock))
+
+
 def _backward_error(dynamics: Dynamics, order: int, name: str) -> Flow:
     def vector_field(t, y: State, lr) -> State:
+        y = half_step_earlier(y) if order > 1 else y
         first = dynamics.increment(y, lr)
-        # With f = -eta g the corrections -f'f/2, f'f'f/3 and f''[f, f]/12.
         f = field = first.params
         if order > 1:
+            # With f = -eta g the corrections -f'f/2, f'f'f/3 and f''[f, f]/12.
             rate = learning_rate(dynamics, y, lr)
-            curve = lambda v: hvp(dynamics.loss, y.params, v)
-            once = curve(f)
-            field = optax.tree.add_scale(field, 0.5 * rate, once)
-        if order > 2:
-            field = optax.tree.add_scale(field, rate**2 / 3.0, curve(once))
-            bent = third_derivative(dynamics.loss, y.params, f, f)
-            field = optax.tree.add_scale(field, -rate / 12.0, bent)
+            once = hvp(dynamics.loss, y.params, f)
+            field = optax.tree.add_scale(f, 0.5 * rate, once)
+            if order > 2:
+                twice = hvp(dynamics.loss, y.params, once)
+                bent = third_derivative(dynamics.loss, y.params, f, f)
+                field = optax.tree.add_scale(field, rate**2 / 3.0, twice)
+                field = optax.tree.add_scale(field, -rate / 12.0, bent)
         return first._replace(phase=(field, *first.phase[1:]))
 
     return Flow(

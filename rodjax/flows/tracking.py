@@ -63,4 +63,7 @@ def top_directions(
     vectors = jax.tree.map(
         lambda v, e: v * jax.lax.rsqrt(0.5 * e)[None], pairs.vectors, edges
     )
-    return flatten(vectors)
+    rows = flatten(vectors)
+    # An eigenvector has no sign of its own; batched solvers may choose another.
+    largest = jnp.take_along_axis(rows, jnp.argmax(jnp.abs(rows), 1)[:, None], 1)
+    return rows * jnp.sign(largest)

@@ -1,0 +1,143 @@
+"""Every flow on the reference problem: accuracy, sharpness, and cost a step.
+
+Gradient descent at learning rate 0.6 on the digits MLP (64-16-16-10, tanh, 100
+samples), float64: 20 steps, then 240 compared, during which the sharpness reaches its
+threshold. Each flow starts from the run's window and takes four substeps a step. Seconds
+are warm, without compilation and without metrics, the best of several runs in turn with
+plain jitted gradient descent, to whose time each is related.
+
+    python benchmarks/reference.py
+    python benchmarks/reference.py --solver euler --flows central,modulated
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+
+import rodjax as rj
+from rodjax import choices
+
+LR, START, STEPS, SUBSTEPS = 0.6, 20, 240, 4
+REPEATS = 7
+FLOWS = {
+    "stable": rj.flows.stable,
+    "gradient": rj.flows.gradient,
+    "igr": rj.flows.igr,
+    "third order": rj.flows.third_order,
+    "principal, top 3": partial(rj.flows.principal, top=3),
+    "rod": rj.flows.rod,
+    "bundle of 3": partial(rj.flows.rod, rank=3),
+    "modulated": rj.flows.modulated,
+    "edge": rj.flows.edge,
+    "central, top 3": rj.flows.central,
+    "central, top 2": partial(rj.flows.central, top=2),
+    "covariance": rj.flows.covariance,
+}
+COLUMNS = {
+    "final_distance": "final distance",
+    "mean_distance": "mean distance",
+    "final_loss": "final loss",
+    "final_sharpness_ratio": "final S/threshold",
+    "median_sharpness_ratio": "median S/threshold",
+    "evaluations a call": "gradients a call",
+    "products a call": "products a call",
+    "ms a step": "ms a step",
+    "times GD": "times GD's step",
+}
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - began
+
+
+def plain_descent(problem: rj.problems.Problem, params: Any) -> Callable[[], Any]:
+    """Optax's gradient descent alone, in one compiled scan."""
+    optimizer = optax.sgd(LR)
+
+    @jax.jit
+    def descend(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(problem.loss)(params), state)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), length=STEPS)[0]
+
+    return lambda: descend(params)
+
+
+def line(cells: list[str]) -> str:
+    """A line of the table, as a Markdown row."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--flows", default="", help="comma-separated; all if none")
+    parser.add_argument("--solver", default="heun")
+    parser.add_argument("--out", default="reference.json")
+    options = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
+
+    problem = rj.problems.digits_mlp(dtype="float64")
+    dynamics = rj.dynamics(optax.sgd, problem.loss)
+    edge = (rj.edge_of_stability(dynamics),)
+    window = rj.warm_up(dynamics, problem.params, START, lr=LR)
+    run = rj.descend(dynamics, window, STEPS, lr=LR, metrics=edge)
+    descend = plain_descent(problem, window.at(0).params)
+    jax.block_until_ready(descend())
+
+    wanted = [word.strip() for word in options.flows.split(",") if word.strip()]
+    print(line(["flow", *COLUMNS.values()]))
+    print(line(["---"] * (1 + len(COLUMNS))))
+    results = {}
+    for name, build in FLOWS.items():
+        if wanted and not any(name.startswith(word) for word in wanted):
+            continue
+        flow = build(dynamics)
+        settings: dict[str, Any] = {
+            "lr": LR,
+            "substeps": SUBSTEPS,
+            "solver": choices.solver(options.solver),
+        }
+        path = rj.integrate(flow, window, STEPS, metrics=edge, **settings)
+        found: dict[str, float] = rj.compare(path, run).summary()
+        solve = partial(
+            rj.integrate, flow, window, STEPS, every=STEPS, **settings
+        )
+        seconds(solve)
+        # In turn, so that whatever else the machine does slows both.
+        times = [(seconds(solve), seconds(descend)) for _ in range(REPEATS)]
+        own, base = (min(column) for column in zip(*times, strict=True))
+        found |= {
+            "evaluations a call": flow.evaluations,
+            "products a call": flow.products,
+            "ms a step": 1e3 * own / STEPS,
+            "times GD": own / base,
+        }
+        results[name] = found
+        print(line([name, *(f"{found[key]:.4g}" for key in COLUMNS)]), flush=True)
+        with open(options.out, "w") as file:
+            json.dump({"solver": options.solver, "flows": results}, file, indent=2)
+    # The optimizer itself has no distance; its figures close the table.
+    base = min(seconds(descend) for _ in range(REPEATS))
+    ratio = run.metrics["sharpness_ratio"]
+    print(
+        f"\nthe run itself: loss {float(run.metrics['loss'][-1]):.4g}, S/threshold at "
+        f"the end {float(ratio[-1]):.4g}, at most {float(ratio.max()):.4g}; plain GD "
+        f"{1e3 * base / STEPS:.4g} ms a step"
+    )
+
+
+if __name__ == "__main__":
+    main()

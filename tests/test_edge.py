@@ -1,0 +1,303 @@
+"""The edge flow: closed forms on quadratics, any optimizer's edge, unit-step form."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rodjax as rj
+from rodjax.flows import edge
+from rodjax.flows.edge import EdgeState
+from rodjax.transforms import edge_gradient_descent, scalar_adam
+
+KEY = jax.random.key(0)
+SLOPES = np.array([4.0, 1.5, 0.5])
+BOWL = rj.dynamics(optax.sgd, lambda w: 0.5 * w @ (jnp.asarray(SLOPES) * w))
+ONES = jnp.ones(3)
+unit = lambda v: v / np.linalg.norm(v)
+
+
+def state(dynamics, w, direction, radius, lr):
+    """An edge state whose direction is in the parameters alone."""
+    mean = dynamics.init(w, lr)
+    rest = optax.tree.zeros_like(mean.phase[1:])
+    return EdgeState(mean, (jnp.asarray(direction), *rest), jnp.asarray(radius))
+
+
+def heun(flow):
+    """(y, lr, n) -> y after n quarters of a step; a bare loop compiles quickly."""
+
+    @jax.jit
+    def solve(y, lr, count):
+        def quarter(_, y):
+            first = flow.vector_field(0.0, y, lr)
+            there = optax.tree.add_scale(y, 0.25, first)
+            second = flow.vector_field(0.25, there, lr)
+            return optax.tree.add_scale(y, 0.125, optax.tree.add(first, second))
+
+        return jax.lax.fori_loop(0, count, quarter, y)
+
+    return solve
+
+
+def begun(flow, y):
+    return flow._replace(init=lambda *_: y)
+
+
+# --- quadratics, in closed form ----------------------------------------------------
+
+
+@pytest.mark.parametrize("lr", [0.2, 0.55])
+def test_quadratic_in_closed_form(lr):
+    """Below and above the edge: centre, direction (1, b) and radius by themselves."""
+    tilt, t = np.array([1.0, 0.5, 0.0]), np.arange(9.0)
+    y = state(BOWL, ONES, unit(tilt), 0.1, lr)
+    flow = begun(edge(BOWL, seed=0.0), y)
+    path = rj.integrate(flow, ONES, steps=8, lr=lr, substeps=128)
+    centre = np.exp(-lr * np.outer(t, SLOPES))
+    np.testing.assert_allclose(path.params, centre, rtol=2e-3)
+    # r u = 0.1 exp((eta H - 2) t) u0: the radius is its length.
+    rod = 0.5 * np.asarray(path.ends[:, 0] - path.ends[:, 1])
+    exact = 0.1 * np.exp(lr * np.outer(t, SLOPES) - 2.0 * t[:, None]) * unit(tilt)
+    np.testing.assert_allclose(rod, exact, rtol=5e-3, atol=1e-12)
+    # What is left of the second eigenvector decays at the rate eta (l1 - l2).
+    rate = np.diff(np.log(rod[:, 1] / rod[:, 0]))
+    np.testing.assert_allclose(rate, -lr * (4.0 - 1.5), rtol=1e-3)
+
+
+@pytest.mark.parametrize("seed, relative", [(None, 2.0**-52), (1e-6, 1e-6)])
+def test_seed_floor_holds(seed, relative):
+    """Where r' = (eta S - 2) r + 2 (floor - r) = 0, in a slowly moving valley."""
+    slopes = jnp.array([1.0, 1e-9])
+    dynamics = rj.dynamics(optax.sgd(1.0), lambda w: 0.5 * w @ (slopes * w))
+    start = jnp.array([0.0, 2.0])
+    y = state(dynamics, start, [1.0, 0.0], 1e-3, None)
+    y = heun(edge(dynamics, seed=seed))(y, None, 240)
+    # 2 (2 relative - r) = r
+    np.testing.assert_allclose(y.radius, 4.0 * relative / 3.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_without_a_seed_the_radius_vanishes_and_nothing_breaks(dtype):
+    flow, lr = edge(BOWL, seed=0.0), jnp.asarray(0.2, dtype)
+    y = heun(flow)(flow.init(ONES.astype(dtype), lr, KEY), lr, 4000)
+    np.testing.assert_allclose(optax.tree.norm(y.direction), 1.0, rtol=1e-3)
+    assert y.radius == 0.0 and bool(jnp.all(jnp.isfinite(y.mean.params)))
+
+
+def test_starts_at_zero_with_a_direction():
+    """The parameters may be zero, as for a linear model, and move from there."""
+    dynamics = rj.dynamics(optax.sgd(0.6), lambda w: BOWL.loss(w - 1.0))
+    flow = edge(dynamics)
+    y = heun(flow)(flow.init(jnp.zeros(3), None, KEY), None, 160)
+    np.testing.assert_allclose(np.abs(y.direction[0]), [1, 0, 0], atol=1e-8)
+    # The floor, of size eps, has been grown from, at eta S - 2 = 0.4.
+    assert 1e-10 < float(y.radius) < 1e-7
+    after = heun(flow)(y, None, 40)
+    np.testing.assert_allclose(np.log(after.radius / y.radius), 4.0, rtol=1e-2)
+
+
+# --- any optimizer -----------------------------------------------------------------
+
+
+HESSIAN = np.array([[3.0, 0.5, 0.0], [0.5, 2.0, -0.3], [0.0, -0.3, 1.0]])
+TILTED = lambda w: 0.5 * w @ jnp.asarray(HESSIAN) @ w
+
+
+def phase_of(mean, vector):
+    """A vector over (parameters, trace), put in the phase's structure."""
+    like = jax.tree.structure(mean.phase)
+    return jax.tree.unflatten(like, jnp.split(jnp.asarray(vector), like.num_leaves))
+
+
+def flat(phase):
+    return np.concatenate([np.asarray(x) for x in jax.tree.leaves(phase)])
+
+
+def heavy_ball_map(lr, beta, nesterov):
+    """M = -Phi' over (w, trace): t' = g + beta t, and w' = w - lr t' or as Nesterov."""
+    one, h = np.eye(3), HESSIAN
+    ahead = (1.0 + beta, beta**2) if nesterov else (1.0, beta)
+    top = [one - lr * ahead[0] * h, -lr * ahead[1] * one]
+    return -np.block([top, [h, beta * one]])
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("ratio", [0.8, 1.1])
+def test_momentum_against_the_dense_map(nesterov, ratio):
+    """Away from an eigenvector too: u' and r' of the linear map of a quadratic."""
+    beta = 0.9
+    top = np.linalg.eigvalsh(HESSIAN)[-1]
+    edge_lr = (2 + 2 * beta) / ((1 + 2 * beta) if nesterov else 1.0) / top
+    lr = ratio * edge_lr
+    dynamics = rj.dynamics(optax.sgd(lr, momentum=beta, nesterov=nesterov), TILTED)
+    matrix = heavy_ball_map(lr, beta, nesterov)
+    mean = dynamics.init(jnp.array([0.3, -0.2, 0.5]), None)
+    values, vectors = np.linalg.eig(matrix)
+    first = np.argmax(values.real)
+    for u in (unit(np.arange(1.0, 7.0)), unit(vectors[:, first].real)):
+        y = EdgeState(mean, phase_of(mean, u), jnp.asarray(1e-3))
+        dy = edge(dynamics).vector_field(0.0, y, None)
+        turned = matrix @ u
+        np.testing.assert_allclose(
+            flat(dy.direction), turned - (u @ turned) * u, atol=1e-12
+        )
+        np.testing.assert_allclose(dy.radius / 1e-3, u @ turned - 1.0, rtol=1e-9)
+    if ratio > 1:
+        # At the fixed direction: unstable, real, r grows by |multiplier| - 1 a step.
+        assert values[first].imag == 0 and values[first].real > 1
+        multiplier = np.abs(values).max()
+        np.testing.assert_allclose(dy.radius / 1e-3, multiplier - 1.0, rtol=1e-9)
+        np.testing.assert_allclose(flat(dy.direction), 0.0, atol=1e-9)
+
+
+def test_momentum_finds_its_unstable_direction():
+    lr, beta = 1.2, 0.9
+    dynamics = rj.dynamics(optax.sgd(lr, momentum=beta), TILTED)
+    values = np.linalg.eigvals(heavy_ball_map(lr, beta, nesterov=False))
+    flow = edge(dynamics)
+    solve = heun(flow)
+    before = solve(flow.init(ONES, None, KEY), None, 1600)
+    after = solve(before, None, 200)
+    growth = np.log(after.radius / before.radius) / 50
+    np.testing.assert_allclose(growth, values.real.max() - 1.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("w", [[0.0, 0.0, 0.0], [0.3, -0.2, 0.5]])
+def test_rmsprop_against_the_dense_map(w):
+    """The second moment answers to the gradient within the step; at rest it is frozen.
+
+    Its derivative by hand: nu' = b nu + (1 - b) g^2, dw = -lr g / sqrt(nu' + eps).
+    """
+    lr, decay, eps = 0.5, 0.9, 1e-8
+    dynamics = rj.dynamics(optax.rmsprop(lr, decay=decay, eps=eps), TILTED)
+    nu, w = np.array([0.2, 0.5, 1.0]), np.asarray(w)
+    mean = dynamics.init(jnp.asarray(w), None)
+    mean = mean._replace(slow=jax.tree.map(lambda _: jnp.asarray(nu), mean.slow))
+    g = HESSIAN @ w
+    root = np.sqrt(decay * nu + (1 - decay) * g**2 + eps)
+    matrix = lr * (1 / root - (1 - decay) * g**2 / root**3)[:, None] * HESSIAN
+    matrix -= np.eye(3)
+    values, vectors = np.linalg.eig(matrix)
+    for u in (unit(np.array([1.0, 2.0, 3.0])), vectors[:, np.argmax(values)]):
+        y = EdgeState(mean, (jnp.asarray(u), *mean.phase[1:]), jnp.asarray(1e-9))
+        dy = edge(dynamics).vector_field(0.0, y, None)
+        turned = matrix @ u
+        rate = dy.radius / 1e-9
+        np.testing.assert_allclose(rate, u @ turned - 1.0, rtol=1e-9)
+        np.testing.assert_allclose(
+            dy.direction[0], turned - (u @ turned) * u, atol=1e-12
+        )
+    np.testing.assert_allclose(rate, values.max() - 1.0, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "beta, nesterov", [(0.0, False), (0.9, False), (0.5, True), (0.9, True)]
+)
+def test_marginal_exactly_at_the_threshold(beta, nesterov):
+    """With w' = -w at curvature l the trace is t' = -t = l w + beta t."""
+    momentum = {"momentum": beta, "nesterov": nesterov} if beta else {}
+    build = lambda lr: optax.sgd(lr, **momentum)
+    lr = jnp.asarray(0.05)
+    top = rj.threshold(rj.dynamics(build, jnp.sum), ONES, lr=lr)
+    slopes = top * jnp.array([1.0, 0.5, 0.1])
+    dynamics = rj.dynamics(build, lambda w: 0.5 * w @ (slopes * w))
+    mean = dynamics.init(jnp.zeros(3), lr)
+    u = np.array([1.0, 0.0, 0.0])
+    u = np.concatenate([u, -top / (1.0 + beta) * u]) if beta else u
+    y = EdgeState(mean, phase_of(mean, unit(u)), jnp.asarray(1.0))
+    dy = edge(dynamics).vector_field(0.0, y, lr)
+    np.testing.assert_allclose(dy.radius, 0.0, atol=1e-11)
+    np.testing.assert_allclose(flat(dy.direction), 0.0, atol=1e-11)
+
+
+@pytest.mark.parametrize("build", [optax.adam, optax.rmsprop, optax.nadam, scalar_adam])
+def test_dead_coordinates_give_no_nan(build):
+    """Gradient and second moment are zero there, whose root has no derivative."""
+    loss = lambda params: 0.5 * params["used"] ** 2
+    dynamics = rj.dynamics(build(0.01), loss)
+    start = {"used": jnp.array(1.0), "idle": jnp.array([1.0, -2.0])}
+    flow = edge(dynamics)
+    y = heun(flow)(flow.init(start, None, KEY), None, 20)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(y))
+    assert 0.9 < float(y.mean.params["used"]) < 0.99
+    np.testing.assert_array_equal(y.mean.params["idle"], start["idle"])
+
+
+# --- against the optimizer, and its unit-step form -----------------------------------
+
+
+@pytest.mark.parametrize("build", [optax.sgd, partial(optax.sgd, momentum=0.5)])
+def test_first_order_in_the_learning_rate(build):
+    """Below the edge, as the stable flow: distance to the midpoints at equal times."""
+    loss = lambda w: TILTED(w) + jnp.cosh(w[0] - w[1]) + w[2] ** 4
+    dynamics = rj.dynamics(build, loss)
+    flow, rates, errors = edge(dynamics), np.array([0.02, 0.01, 0.005]), []
+    solve = heun(flow)
+    for lr, steps in zip(rates, (20, 40, 80), strict=True):
+        begin = rj.warm_up(dynamics, ONES, steps=steps // 5, lr=lr)
+        end = rj.warm_up(dynamics, ONES, steps=steps // 5 + steps, lr=lr)
+        y = solve(flow.init(begin, jnp.asarray(lr), KEY), lr, 4 * steps)
+        errors.append(np.linalg.norm(y.mean.params - rj.midpoint(end).params))
+    slope = np.polyfit(np.log(rates), np.log(errors), 1)[0]
+    assert abs(slope - 1.0) < 0.2, errors
+
+
+def test_unit_step_is_edge_gradient_descent():
+    """Euler's step is EGD's: the same centre; r and u to first order."""
+    loss = lambda w: TILTED(w) + 0.3 * jnp.sum(w**4) + jnp.sin(w[0] * w[1])
+    w, u, r = jnp.array([0.6, -0.4, 0.3]), unit(np.array([3.0, 1.0, -1.0])), 0.2
+    curvature = u @ np.asarray(jax.hessian(loss)(w)) @ u
+
+    def apart(lr):
+        dynamics = rj.dynamics(optax.sgd(lr), loss)
+        y = state(dynamics, w, u, r, None)
+        dy = edge(dynamics, seed=0.0).vector_field(0.0, y, None)
+        tx = edge_gradient_descent(lr, seed=0.0)
+        before = tx.init(w)._replace(direction=jnp.asarray(u), radius=jnp.asarray(r))
+        updates, after = tx.update(w, before, w, value_fn=loss)
+        np.testing.assert_allclose(dy.mean.params, updates, rtol=1e-12)
+        turn = np.linalg.norm(u + dy.direction[0] - after.direction)
+        return turn, abs(r + dy.radius - after.radius)
+
+    turns = [apart(lr)[0] for lr in (1e-2, 1e-3)]
+    assert turns[1] < 0.012 * turns[0]
+    # The radius, about the edge of the direction.
+    grown = [apart((2.0 + x) / curvature)[1] for x in (1e-2, 1e-3)]
+    np.testing.assert_allclose(grown, [r * 1e-4 / 2, r * 1e-6 / 2], rtol=1e-2)
+
+
+def test_two_gradients_and_one_product():
+    count = [0]
+
+    def counted(w):
+        # At run time.
+        jax.debug.callback(lambda _: count.__setitem__(0, count[0] + 1), w[0])
+        return TILTED(w)
+
+    flow = edge(rj.dynamics(optax.sgd(0.1), counted))
+    y = flow.init(ONES, None, KEY)
+    jax.effects_barrier()
+    before = count[0]
+    jax.block_until_ready(flow.vector_field(0.0, y, None))
+    jax.effects_barrier()
+    assert count[0] - before == 3 == flow.evaluations + flow.products
+    assert (flow.evaluations, flow.products) == (2, 1)
+
+
+def test_holds_the_edge_on_digits():
+    problem = rj.problems.digits_mlp()
+    dynamics = rj.dynamics(optax.sgd(0.6), problem.loss)
+    window = rj.warm_up(dynamics, problem.params, steps=20)
+    flow = edge(dynamics)
+    y, solve = flow.init(window, None, KEY), heun(flow)
+    ratio = jax.jit(lambda w: 0.3 * rj.sharpness(problem.loss, w, tol=1e-3).value)
+    late = []
+    for quarters in (1440, 120, 120):
+        y = solve(y, None, quarters)
+        late.append(ratio(y.mean.params))
+    np.testing.assert_allclose(late, 1.0, atol=0.02)
+    assert 1e-3 < float(y.radius) < 0.1
