@@ -2,7 +2,7 @@
 
 Gradient descent at learning rate 0.6 on the digits MLP (64-16-16-10, tanh, 100
 samples), float64: 20 steps, then 240 compared, during which the sharpness reaches its
-threshold. Each flow starts from the run's window and takes four substeps a step. Seconds
+threshold. Each flow starts from the run's window and takes four substeps a step. Times
 are warm, without compilation and without metrics, the best of several runs in turn with
 plain jitted gradient descent, to whose time each is related.
 
@@ -112,9 +112,7 @@ def main() -> None:
         }
         path = rj.integrate(flow, window, STEPS, metrics=edge, **settings)
         found: dict[str, float] = rj.compare(path, run).summary()
-        solve = partial(
-            rj.integrate, flow, window, STEPS, every=STEPS, **settings
-        )
+        solve = partial(rj.integrate, flow, window, STEPS, every=STEPS, **settings)
         seconds(solve)
         # In turn, so that whatever else the machine does slows both.
         times = [(seconds(solve), seconds(descend)) for _ in range(REPEATS)]

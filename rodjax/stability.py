@@ -103,8 +103,8 @@ def inverse_preconditioner(
     r"""The diagonal of $P^{-1}$, learning rate included, at frozen second moments.
 
     An optimizer without momentum takes the step $-P^{-1} g$: $\eta$ for GD,
-    $\eta / (\sqrt\nu + \epsilon)$ for RMSProp, with the second moment it divides by (the
-    one after its update) as in `state`. A pytree like the parameters.
+    $\eta / (\sqrt\nu + \epsilon)$ for RMSProp, with the second moment it divides by
+    (the one after its update) as in `state`. A pytree like the parameters.
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj

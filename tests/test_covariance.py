@@ -23,6 +23,10 @@ def at(dynamics, w, rows, lr=None):
     return CovarianceState(dynamics.init(w, lr), jnp.asarray(rows))
 
 
+def field(flow, y):
+    return jax.jit(flow.vector_field)(0.0, y, None)
+
+
 def solve(flow, y, steps, parts=64):
     """Heun's method in a bare loop, which compiles quickly."""
 
@@ -69,7 +73,7 @@ def test_commuting_sigma_is_closed_form():
     np.testing.assert_allclose(sigma_of(end), oracle, rtol=1e-3, atol=1e-9)
     # On a quadratic the centre does not feel it.
     centre = expm(-4.0 * lr * HESSIAN) @ np.asarray(W)
-    np.testing.assert_allclose(end.mean.params, centre, rtol=1e-3)
+    np.testing.assert_allclose(end.mean.params, centre, rtol=1e-3, atol=1e-5)
 
 
 def test_rank_of_one_follows_a_commuting_direction():
@@ -81,7 +85,7 @@ def test_rank_of_one_follows_a_commuting_direction():
 
 def rates(rows):
     """dSigma/dt: the flow's, from its factor, and the equation's."""
-    dy = covariance(BOWL, seed=0.0).vector_field(0.0, at(BOWL, W, rows), None)
+    dy = field(covariance(BOWL, seed=0.0), at(BOWL, W, rows))
     rate, h, sigma = np.asarray(dy.factor), HESSIAN, rows.T @ rows
     ours = rate.T @ rows + rows.T @ rate
     equation = -ETA * (h @ sigma + sigma @ h) + ETA**2 * h @ sigma @ h
@@ -125,7 +129,7 @@ def test_seed_floor_holds(seed, relative):
     slopes = jnp.array([1.0, 1e-9])
     dynamics = rj.dynamics(optax.sgd(1.0), lambda w: 0.5 * w @ (slopes * w))
     y = at(dynamics, jnp.array([0.0, 2.0]), [[1e-3, 0.0]])
-    end = solve(covariance(dynamics, rank=1, seed=seed), y, 60, parts=4)
+    end = solve(covariance(dynamics, rank=1, seed=seed), y, 100, parts=4)
     np.testing.assert_allclose(end.factor, [[1.6 * relative, 0.0]], rtol=1e-6)
 
 
@@ -143,8 +147,8 @@ def test_centre_descends_the_free_energy(rank):
     rows = np.asarray(0.3 * jax.random.normal(KEY, (rank, 3)))
     sigma = jnp.asarray(rows.T @ rows)
     energy = lambda w: BENT(w) + 0.5 * jnp.sum(jax.hessian(BENT)(w) * sigma)
-    dy = covariance(dynamics, rank=rank).vector_field(0.0, at(dynamics, W, rows), None)
-    exact = -ETA * jax.grad(energy)(W)
+    dy = field(covariance(dynamics, rank=rank), at(dynamics, W, rows))
+    exact = -ETA * jax.jit(jax.grad(energy))(W)
     np.testing.assert_allclose(dy.mean.params, exact, rtol=1e-12)
     plain = -ETA * jax.grad(BENT)(W)
     assert np.linalg.norm(exact - plain) > 0.1 * np.linalg.norm(plain)
@@ -160,7 +164,7 @@ def test_rate_follows_a_schedule():
         y = at(dynamics, W, rows)
         clock = jax.tree.map(lambda c: c + 5.0, y.mean.clock)
         y = y._replace(mean=y.mean._replace(clock=clock))
-        dy = covariance(dynamics, rank=1).vector_field(0.0, y, None)
+        dy = field(covariance(dynamics, rank=1), y)
         fields.append((dy.mean.params, dy.factor))
     for ours, exact in zip(*fields, strict=True):
         np.testing.assert_allclose(ours, exact, rtol=1e-12)
@@ -263,11 +267,11 @@ def test_differentiations_are_those_counted(rank):
     flow = covariance(dynamics, rank=rank)
     rows = 0.2 * jax.random.normal(KEY, (rank, 3))
     y = at(dynamics, W, rows)
-    dy = flow.vector_field(0.0, y, None)
+    dy = field(flow, y)
     jax.effects_barrier()
     assert counts == {"gradient": 1, "product": 2 * rank, "third": rank}
     assert sum(counts.values()) == flow.evaluations + flow.products
     plain = covariance(rj.dynamics(optax.sgd(ETA), BENT), rank=rank)
-    exact = plain.vector_field(0.0, y, None)
+    exact = field(plain, y)
     same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12)
     jax.tree.map(same, (dy.mean.params, dy.factor), (exact.mean.params, exact.factor))

@@ -18,9 +18,8 @@ from rodjax.semidefinite import Complementary, complementarity
 from rodjax.stability import inverse_preconditioner
 from rodjax.window import Window, midpoint
 
-
-# Directions whose eigenvalue of P^-1 H is below this need a step and more to an edge of 2
-# even at 0.1 a step; their third derivatives are left out.
+# Directions whose eigenvalue of P^-1 H is below this are a step and more away from an
+# edge of 2, even at 0.1 a step; their third derivatives are left out.
 NEAR = 1.9
 
 
@@ -62,9 +61,9 @@ def central(dynamics: Dynamics, *, top: int = 3, gamma: float = 4.0) -> Flow:
     schedules as the update map says). $\Sigma = U^T X U$ over the `top` eigenvectors U
     of $P^{-1}H$, $U P U^T = I$, with X the solution of the semidefinite
     complementarity problem $0 \preceq X$, $0 \preceq A + B[X]$, $\langle X, A + B[X]
-    \rangle = 0$, where $A + B[X]$ is $U (2P - H) U^T$ a time $1/\gamma$ later, linearized
-    along the flow: eigenvalues enter and leave the edge by themselves. Source: Cohen et
-    al., arXiv 2410.24206.
+    \rangle = 0$, where $A + B[X]$ is $U (2P - H) U^T$ a time $1/\gamma$ later,
+    linearized along the flow: eigenvalues enter and leave the edge by themselves.
+    Source: Cohen et al., arXiv 2410.24206.
 
     The directions are part of the state and turn towards the top eigenspace as in a
     continuous-time subspace iteration: no eigenproblem is solved along the way.
@@ -131,9 +130,7 @@ def central(dynamics: Dynamics, *, top: int = 3, gamma: float = 4.0) -> Flow:
         square = jnp.square
 
         def preconditioner_rate(d_slow, d_clock):
-            _, rate = jax.jvp(
-                inverse_of, (mean.slow, mean.clock), (d_slow, d_clock)
-            )
+            _, rate = jax.jvp(inverse_of, (mean.slow, mean.clock), (d_slow, d_clock))
             return -rate / square(inverse)
 
         def moved_by(pair):

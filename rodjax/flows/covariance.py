@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from rodjax.curvature import third_derivative
 from rodjax.dynamics import Dynamics, State
@@ -28,9 +28,7 @@ class CovarianceState(NamedTuple):
     factor: PyTree
 
 
-def covariance(
-    dynamics: Dynamics, *, rank: int = 3, seed: float | None = None
-) -> Flow:
+def covariance(dynamics: Dynamics, *, rank: int = 3, seed: float | None = None) -> Flow:
     r"""The covariance flow of gradient descent (reconstructed).
 
     With the free energy $F(w, \Sigma) = L(w) + \tfrac12 \langle H(w), \Sigma \rangle$,

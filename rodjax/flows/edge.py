@@ -92,7 +92,7 @@ def edge(dynamics: Dynamics, *, seed: float | None = None) -> Flow:
             direction=jax.tree.map(
                 lambda m, u, d: m - growth * u + (u - d), turned, unit, y.direction
             ),
-            radius=(growth - 2.0) * y.radius + 2.0 * short,
+            radius=2.0 * short + (growth - 2.0) * y.radius,
         )
 
     def init(start: PyTree | Window, lr: PyTree, key: Array) -> EdgeState:

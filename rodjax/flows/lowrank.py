@@ -62,10 +62,11 @@ def orthonormal(
     """
     done: list[Array] = []
     for row in rows:
+        rest = row
         for other in done:
-            row = row - ((other * weight) @ row) * other
-        size = jnp.maximum(row @ (weight * row), jnp.finfo(rows.dtype).tiny)
-        done.append(row * jax.lax.rsqrt(size))
+            rest = rest - ((other * weight) @ rest) * other
+        size = jnp.maximum(rest @ (weight * rest), jnp.finfo(rows.dtype).tiny)
+        done.append(rest * jax.lax.rsqrt(size))
     return jnp.stack(done)
 
 
