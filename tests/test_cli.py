@@ -108,7 +108,10 @@ def test_a_diverging_run_is_reported(tmp_path):
         (["--optimizer", "lookahead"], "learning_rate"),
         (["--set", "b2=0.9"], "momentum"),
         (["--set", "momentum"], "NAME=VALUE"),
-        (["--flows", "stable,central"], "--flows central"),
+        (["--flows", "stable,centre"], "--flows centre"),
+        (["--flows", "central", "--top", "0"], "top must be at least 1"),
+        (["--flows", "central", "--optimizer", "adam"], "rodjax.flows.stable"),
+        (["--flows", "principal", "--optimizer", "rmsprop"], "rodjax.flows.stable"),
         (["--solver", "rk5"], "tsit5"),
         (["--lr", "-1"], "--lr"),
         (["--lr", "nan"], "--lr"),
@@ -125,6 +128,29 @@ def test_bad_options_are_refused_before_anything_runs(tmp_path, arguments, words
     assert result.exit_code == 2
     assert words in result.stderr
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("edge", "central"),
+        pytest.param(choices.FLOWS, marks=pytest.mark.slow, id="all"),
+    ],
+)
+def test_flows_run_and_report(tmp_path, names):
+    result = invoke(
+        "--problem", "berthier", "--lr", 0.3, "--start", 3, "--steps", 4, "--every", 2,
+        "--flows", ",".join(names), "--substeps", 1, "--out", tmp_path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    flows = json.loads((tmp_path / "summary.json").read_text())["flows"]
+    assert list(flows) == list(names)
+    assert all(row["diverged_at"] is None for row in flows.values())
+    with xarray.open_dataset(tmp_path / "result.nc", engine="h5netcdf") as data:
+        predicted = data.predicted_loss
+        assert np.isfinite(predicted.sel(model="central").values).all()
+        assert np.isnan(predicted.sel(model="edge").values).all()
+        assert np.isfinite(data.loss.values).all()
 
 
 @pytest.mark.parametrize("name", [n for n in choices.PROBLEMS if n != "digits-mlp"])

@@ -157,8 +157,7 @@ def test_momentum_finds_its_unstable_direction():
     lr, beta = 1.2, 0.9
     dynamics = rj.dynamics(optax.sgd(lr, momentum=beta), TILTED)
     values = np.linalg.eigvals(heavy_ball_map(lr, beta, nesterov=False))
-    flow = edge(dynamics)
-    solve = heun(flow)
+    flow, solve = edge(dynamics), heun(edge(dynamics))
     before = solve(flow.init(ONES, None, KEY), None, 1600)
     after = solve(before, None, 200)
     growth = np.log(after.radius / before.radius) / 50
@@ -200,10 +199,8 @@ def test_marginal_exactly_at_the_threshold(beta, nesterov):
     """With w' = -w at curvature l the trace is t' = -t = l w + beta t."""
     momentum = {"momentum": beta, "nesterov": nesterov} if beta else {}
     build = lambda lr: optax.sgd(lr, **momentum)
-    lr, top = (
-        jnp.asarray(0.05),
-        rj.threshold(rj.dynamics(build, jnp.sum), ONES, lr=0.05),
-    )
+    plain = rj.dynamics(build, jnp.sum)
+    lr, top = jnp.asarray(0.05), rj.threshold(plain, ONES, lr=0.05)
     slopes = top * jnp.array([1.0, 0.5, 0.1])
     dynamics = rj.dynamics(build, lambda w: 0.5 * w @ (slopes * w))
     mean = dynamics.init(jnp.zeros(3), lr)

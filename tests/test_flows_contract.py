@@ -169,7 +169,7 @@ def test_field_is_like_the_state_in_both_precisions(name, optimizer):
         centre = jax.eval_shape(flow.centre, y).params
         chex.assert_trees_all_equal_shapes_and_dtypes(centre, start(dtype))
         ends, report = jax.eval_shape(flow.observe, y, lr)
-        assert {x.dtype for x in report.values()} <= {dtype}
+        assert {value.dtype for value in report.values()} <= {dtype}
         each = jax.eval_shape(lambda e: jax.tree.map(lambda x: x[0], e), ends)
         chex.assert_trees_all_equal_shapes_and_dtypes(each, start(dtype))
 
@@ -195,8 +195,8 @@ def test_field_is_pure_and_vmaps_over_the_learning_rate(name, optimizer):
 def test_reduces_to_the_stable_flow(name, optimizer):
     if (name, optimizer) not in PAIRS:
         return
-    # Equal times lr * steps. What sets the flows apart is of first order in lr, if it is
-    # not the oscillation alone, of which there is none.
+    # Equal times lr * steps. What sets the flows apart is of first order in lr, unless
+    # it is the oscillation alone, of which there is none.
     solve, reference = solver_of(name, optimizer), solver_of("stable", optimizer)
     apart = [
         unlike(solve(lr, steps), reference(lr, steps))
@@ -335,7 +335,7 @@ def test_serves_whom_it_says_and_refuses_others(name):
         if optimizer in SERVES[name]:
             begin(build, jnp.asarray(0.01))
         else:
-            with pytest.raises(ValueError, match="use rodjax.flows.stable, rod"):
+            with pytest.raises(ValueError, match=r"use rodjax\.flows\.stable, rod"):
                 begin(build, jnp.asarray(0.01))
 
 

@@ -191,7 +191,7 @@ def test_starts_as_the_rod_of_the_window():
     window = rj.warm_up(BENT, W, steps=5, lr=ETA)
     y = rod(BENT).init(window, ETA, KEY)
     a, b = window.at(0).params, window.at(1).params
-    ends = rod(BENT).ends(y)
+    ends = rod(BENT).observe(y, None)[0]
     np.testing.assert_allclose(ends, jnp.stack([b, a]), atol=1e-14)
     sigma = rod(BENT, dense=True).init(window, ETA, KEY).extent
     np.testing.assert_allclose(sigma, jnp.outer(b - a, b - a) / 4.0, atol=1e-15)
