@@ -34,7 +34,7 @@ STYLES = {
     "gradient flow": {"color": "C0"},
     "IGR": {"color": "C2"},
     "third order": {"color": "C4"},
-    "principal": {"color": "C3", "lw": 2.2},
+    "principal": {"color": "C3", "lw": 1.8},
 }
 #: Points of a path to an optimizer step.
 DENSITY = 16
@@ -42,7 +42,7 @@ DENSITY = 16
 BANANA = (
     (0.05, (-1.0, 2.0), 40, "small"),
     (0.16, (-1.0, 2.0), 30, "oscillating"),
-    (0.21, (1.03, 1.02), 9, "leaving the minimum"),
+    (0.21, (1.05, 0.98), 7, "leaving the minimum"),
 )
 COSINE = (
     (0.5, 0.1, 14, "small"),
@@ -124,7 +124,7 @@ def train(steps: int) -> dict[str, Any]:
 
 
 def draw_paths(axes: Axes, found: dict[str, Any], problem: str) -> None:
-    """Every flow as a curve, with dots at whole steps, and gradient descent's points."""
+    """Every flow as a curve, dots at its whole steps, and the iterates."""
 
     def points(path):
         steps = np.linspace(0, found["steps"], len(path))
@@ -142,13 +142,15 @@ def draw_paths(axes: Axes, found: dict[str, Any], problem: str) -> None:
 
 def draw_banana(axes: Axes, found: dict[str, Any]) -> None:
     """Paths in the plane over the contours of the loss."""
-    low, high = found["gradient descent"].min(0), found["gradient descent"].max(0)
-    margin = 0.12 * (high - low)
-    (left, bottom), (right, top) = low - margin, high + margin
+    # The minimum at (1, 1) is in every picture.
+    shown = np.vstack([found["gradient descent"], np.ones((1, 2))])
+    margin = 0.12 * np.ptp(shown, axis=0)
+    left, bottom = shown.min(0) - margin
+    right, top = shown.max(0) + margin
     x, y = np.meshgrid(np.linspace(left, right, 300), np.linspace(bottom, top, 300))
     loss = np.asarray(rj.problems.banana().loss({"x": x, "y": y}))
-    levels = np.geomspace(1e-3, 1.0, 16) * loss.max()
-    axes.contourf(x, y, loss, (0, *levels), cmap="Greys", alpha=0.3, zorder=0)
+    levels = np.geomspace(1e-3, 1.0, 14) * loss.max()
+    axes.contour(x, y, loss, levels, colors="0.82", linewidths=0.8, zorder=0)
     axes.plot(1.0, 1.0, "*", color="0.3", ms=12, zorder=1)
     draw_paths(axes, found, "banana")
     axes.set(xlim=(left, right), ylim=(bottom, top), xlabel="x", ylabel="y")
@@ -197,6 +199,11 @@ def draw(
     return figure
 
 
+def plain(values: np.ndarray) -> list[Any]:
+    """Nested lists, None where there is no number, which JSON does not know."""
+    return np.where(np.isfinite(values), values, None).tolist()
+
+
 def row(cells: Sequence[str]) -> str:
     """A row of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
@@ -231,7 +238,7 @@ def main() -> None:
     print(f"as the sharpness ratio is above 1 at {agree:.1%} of them")
 
     with open(options.out / "principal_flow.json", "w") as file:
-        json.dump(results | {"digits": mlp}, file, default=np.ndarray.tolist)
+        json.dump(results | {"digits": mlp}, file, default=plain)
     draw(**results, mlp=mlp).savefig(options.out / "principal_flow.png", dpi=110)
 
 

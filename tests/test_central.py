@@ -1,7 +1,5 @@
 """The central flow against closed forms, and a dense one written out by hand."""
 
-from functools import lru_cache
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +55,16 @@ def test_below_the_edge_it_is_gradient_flow():
     for name in "xy":
         np.testing.assert_allclose(path.params[name], plain.params[name], rtol=1e-13)
     assert float(path.metrics["amplitude"][-1]) == 0.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_warm_up_from_zero_starts_no_oscillation(dtype):
+    warm = rj.dynamics(optax.sgd(optax.linear_schedule(0.0, 0.2, 8)), pair_of_valleys)
+    begin = {"x": jnp.array([0.3, -0.2], dtype), "y": jnp.array([3.0, 1.0], dtype)}
+    path = rj.integrate(central(warm), begin, steps=8)
+    plain = rj.integrate(rj.flows.gradient(warm), begin, steps=8)
+    np.testing.assert_allclose(path.params["y"], plain.params["y"], rtol=1e-6)
+    np.testing.assert_allclose(path.metrics["amplitude"], 0.0, atol=1e-6)
 
 
 def test_where_nothing_holds_the_edge_it_says_so():

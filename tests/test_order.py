@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import rodjax as rj
-from rodjax.flows import modulated, rod, stable
+from rodjax.flows import edge, igr, modulated, rod, stable
 
 FLOWS = {
     "stable": stable,
@@ -19,6 +19,8 @@ FLOWS = {
     "rod": rod,
     "rod plain": partial(rod, bea=False),
     "bundle": partial(rod, rank=2),
+    "edge": edge,
+    "igr": igr,
 }
 ORDERS = {
     "stable": 1,
@@ -27,6 +29,8 @@ ORDERS = {
     "rod": 2,
     "rod plain": 1,
     "bundle": 2,
+    "edge": 1,
+    "igr": 2,
 }
 # Steps at these learning rates, all for a time lr * steps = 0.4.
 RATES = {0.02: 20, 0.01: 40, 0.005: 80}

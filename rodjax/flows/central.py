@@ -13,7 +13,7 @@ from rodjax.dynamics import Dynamics, State
 from rodjax.flows.base import Flow
 from rodjax.flows.lowrank import cubature, root
 from rodjax.flows.scope import preconditioned_start
-from rodjax.flows.tracking import Tracked, top_directions, turn
+from rodjax.flows.tracking import STEEPEST, Tracked, top_directions, turn
 from rodjax.semidefinite import Complementary, complementarity
 from rodjax.stability import inverse_preconditioner
 from rodjax.window import Window, midpoint
@@ -117,7 +117,9 @@ def central(dynamics: Dynamics, *, top: int = 3, gamma: float = 4.0) -> Flow:
 
         def inverse_of(slow, clock):
             state = mean._replace(slow=slow, clock=clock)
-            return ravel_pytree(inverse_preconditioner(dynamics, state, lr))[0]
+            inverse = ravel_pytree(inverse_preconditioner(dynamics, state, lr))[0]
+            # A learning rate of zero, as at the start of a warm-up, has no inverse.
+            return jnp.maximum(inverse, 1.0 / STEEPEST)
 
         slope, curve = jax.linearize(slope_of, point)
         inverse = inverse_of(mean.slow, mean.clock)
@@ -131,17 +133,19 @@ def central(dynamics: Dynamics, *, top: int = 3, gamma: float = 4.0) -> Flow:
 
         def preconditioner_rate(d_slow, d_clock):
             _, rate = jax.jvp(inverse_of, (mean.slow, mean.clock), (d_slow, d_clock))
-            return -rate / square(inverse)
+            return -rate / inverse / inverse
 
         def moved_by(pair):
             # At the edge H u = 2 P u, which makes B symmetric.
-            extra = unravel(4.0 * pair / square(inverse))
+            extra = unravel(4.0 * pair / inverse / inverse)
             still = optax.tree.ones_like(mean.params)
             rate = lambda e: settle(mean, e, lr)
             _, d_slow = jax.jvp(rate, (still,), (extra,))
             return preconditioner_rate(d_slow, optax.tree.zeros_like(ticks))
 
         drift = preconditioner_rate(settle(mean, unravel(square(slope)), lr), ticks)
+        # Linear in time P would fall to zero where, as in a warm-up, it halves or more.
+        drift = jnp.maximum(drift, -0.5 * gamma / inverse)
         a = (
             2.0 * jnp.eye(count, dtype=u.dtype)
             - tracked.curvature

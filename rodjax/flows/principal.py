@@ -17,7 +17,7 @@ from rodjax.flows.base import Flow, alone
 from rodjax.flows.gradient import half_step_earlier
 from rodjax.flows.lowrank import flatten
 from rodjax.flows.scope import gradient_descent_start
-from rodjax.flows.tracking import turn
+from rodjax.flows.tracking import turn, with_sign
 from rodjax.stability import learning_rate
 
 # Where eta l = 1 one step ends a direction, at an infinite rate. The least |1 - eta l|
@@ -167,10 +167,7 @@ def _top(dynamics: Dynamics, count: int) -> Flow:
         mean = gradient_descent_start(dynamics, start, lr, "principal")
         few = min(count, optax.tree.size(mean.params))
         pairs = hessian_eigenpairs(dynamics.loss, mean.params, few)
-        rows = flatten(pairs.vectors)
-        # An eigenvector has no sign of its own; batched solvers may choose another.
-        largest = jnp.take_along_axis(rows, jnp.argmax(jnp.abs(rows), 1)[:, None], 1)
-        return TopState(mean, rows * jnp.sign(largest))
+        return TopState(mean, with_sign(flatten(pairs.vectors)))
 
     def vector_field(t, y: TopState, lr: PyTree) -> TopState:
         earlier = half_step_earlier(y.mean)

@@ -16,6 +16,8 @@ from rodjax.stability import coordinate_thresholds
 # Rate per step at which directions turn, in units of the eigenvalues of P^-1 H, and at
 # which they are brought back to unit length: twice an edge of 2, within Heun's reach.
 RATE = 2.0
+# Largest threshold of a coordinate that is told from an infinite one.
+STEEPEST = 1e20
 
 
 class Tracked(NamedTuple):
@@ -57,13 +59,22 @@ def top_directions(
 ) -> Float[Array, "k d"]:
     """The `count` top eigenvectors of P^-1 H at `state` as rows; fewer if d is less."""
     count = min(count, optax.tree.size(state.params))
-    edges = coordinate_thresholds(dynamics, state, lr)
+    # A learning rate of zero, as at the start of a warm-up, has no edge.
+    edges = jax.tree.map(
+        lambda e: jnp.minimum(e, STEEPEST), coordinate_thresholds(dynamics, state, lr)
+    )
     pairs = preconditioned_eigenpairs(dynamics, state, count, lr)
     # D = 2 P, and the eigenvectors are in the coordinates D^1/2 w.
     vectors = jax.tree.map(
         lambda v, e: v * jax.lax.rsqrt(0.5 * e)[None], pairs.vectors, edges
     )
-    rows = flatten(vectors)
-    # An eigenvector has no sign of its own; batched solvers may choose another.
+    return with_sign(flatten(vectors))
+
+
+def with_sign(rows: Float[Array, "k d"]) -> Float[Array, "k d"]:
+    """The rows, each with its largest entry positive.
+
+    An eigenvector has no sign of its own, and a batched solver may choose another.
+    """
     largest = jnp.take_along_axis(rows, jnp.argmax(jnp.abs(rows), 1)[:, None], 1)
     return rows * jnp.sign(largest)

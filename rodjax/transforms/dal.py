@@ -15,8 +15,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from rodjax import curvature
-from rodjax.transforms.extra import loss_of_params, times
-from rodjax.transforms.scalar import _check, _init_nu
+from rodjax.transforms.extra import (
+    check_numbers,
+    joint_scalar,
+    loss_of_params,
+    times,
+)
 
 
 class ScaleByDalState(NamedTuple):
@@ -77,14 +81,14 @@ def scale_by_dal(
         >>> updates.tolist(), float(state.learning_rate)
         ([6.0, -8.0], 0.5)
     """
-    _check({}, {"p": p})
+    check_numbers({}, {"p": p})
     if isinstance(max_lr, numbers.Real) and not (
         float(max_lr) > 0 and math.isfinite(max_lr)
     ):
         raise ValueError(f"max_lr={max_lr} must be positive and finite.")
 
     def init_fn(params):
-        return ScaleByDalState(_init_nu(params, 0.0))
+        return ScaleByDalState(joint_scalar(params, 0.0))
 
     def update_fn(
         updates,

@@ -13,8 +13,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.curvature import hvp
-from rodjax.transforms.extra import loss_of_params, times
-from rodjax.transforms.scalar import _check, _init_nu
+from rodjax.transforms.extra import (
+    check_numbers,
+    joint_scalar,
+    loss_of_params,
+    times,
+)
 
 
 class EdgeGradientDescentState(NamedTuple):
@@ -96,10 +100,10 @@ def edge_gradient_descent(
         [-0.1, 0.1]
     """
     if seed is not None:
-        _check({}, {"seed": seed})
+        check_numbers({}, {"seed": seed})
 
     def init_fn(params):
-        radius = _init_nu(params, 0.0)
+        radius = joint_scalar(params, 0.0)
         rng = jax.random.key(key) if isinstance(key, int) else key
         drawn = optax.tree.random_like(rng, params)
         direction = times(1 / _norm(drawn, radius.dtype), drawn)

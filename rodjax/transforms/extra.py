@@ -1,10 +1,13 @@
-"""What the transformations that look at the loss share: taking it from extra args."""
+"""What the transformations share: checks, and the loss taken from extra args."""
 
 import inspect
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.dynamics import Loss
@@ -68,3 +71,31 @@ def times(factor: Float[Array, ""], tree: PyTree) -> PyTree:
         'bfloat16'
     """
     return jax.tree.map(lambda x: factor.astype(x.dtype) * x, tree)
+
+
+def check_numbers(
+    decays: dict[str, ArrayLike], constants: dict[str, ArrayLike]
+) -> None:
+    """Decay rates in [0, 1) and constants >= 0, or a ``ValueError`` naming them."""
+    # Traced values cannot be compared, so only plain numbers are checked.
+    for name, value in decays.items():
+        if isinstance(value, numbers.Real) and not 0 <= float(value) < 1:
+            raise ValueError(f"{name}={value} is no decay rate: give it in [0, 1).")
+    for name, value in constants.items():
+        if isinstance(value, numbers.Real) and not float(value) >= 0:
+            raise ValueError(f"{name}={value} is out of range: give {name} >= 0.")
+
+
+def joint_scalar(params: PyTree, value: ArrayLike) -> Float[Array, ""]:
+    """A scalar of this value, in the common dtype of the leaves of ``params``."""
+    leaves = jax.tree.leaves(params)
+    if not leaves:
+        raise ValueError("params has no array leaves: give it at least one.")
+    # Leaves may differ in dtype, which strict promotion would refuse to join.
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*leaves)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"params has dtype {dtype}: cast its leaves to a real floating dtype."
+        )
+    return jnp.full((), value, dtype)

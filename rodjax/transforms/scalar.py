@@ -9,7 +9,6 @@ Sources: RMSProp from Cohen et al., "Understanding Optimization in Deep Learning
 Central Flows", ICLR 2025, arXiv 2410.24206; Adam from Regis & Chewi, arXiv 2605.06821.
 """
 
-import numbers
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PyTree
+
+from rodjax.transforms.extra import check_numbers, joint_scalar
 
 
 class ScaleByScalarRmsWithCountState(NamedTuple):
@@ -35,31 +36,6 @@ class ScaleByScalarRmsWithCountState(NamedTuple):
 
     count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride] (as Optax)
     nu: Float[Array, ""]
-
-
-def _check(decays: dict[str, ArrayLike], constants: dict[str, ArrayLike]) -> None:
-    # Traced values cannot be compared, so only plain numbers are checked.
-    for name, value in decays.items():
-        if isinstance(value, numbers.Real) and not 0 <= float(value) < 1:
-            raise ValueError(f"{name}={value} is no decay rate: give it in [0, 1).")
-    for name, value in constants.items():
-        if isinstance(value, numbers.Real) and not float(value) >= 0:
-            raise ValueError(f"{name}={value} is out of range: give {name} >= 0.")
-
-
-def _init_nu(params: PyTree, value: ArrayLike) -> Float[Array, ""]:
-    """The scalar second moment, in the common dtype of the leaves."""
-    leaves = jax.tree.leaves(params)
-    if not leaves:
-        raise ValueError("params has no array leaves: give it at least one.")
-    # Leaves may differ in dtype, which strict promotion would refuse to join.
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(*leaves)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"params has dtype {dtype}: cast its leaves to a real floating dtype."
-        )
-    return jnp.full((), value, dtype)
 
 
 def _update_nu(
@@ -118,10 +94,10 @@ def scale_by_scalar_rms(
         >>> [round(u, 4) for u in updates.tolist()], float(state.nu)
         ([0.6, 0.8], 25.0)
     """
-    _check({"decay": decay}, {"eps": eps, "initial_scale": initial_scale})
+    check_numbers({"decay": decay}, {"eps": eps, "initial_scale": initial_scale})
 
     def init_fn(params):
-        nu = _init_nu(params, initial_scale)
+        nu = joint_scalar(params, initial_scale)
         if bias_correction:
             return ScaleByScalarRmsWithCountState(count=jnp.zeros([], jnp.int32), nu=nu)
         return optax.ScaleByRmsState(nu=nu)
@@ -217,10 +193,10 @@ def scale_by_scalar_adam(
         >>> [round(u, 4) for u in updates.tolist()], state.nu.shape
         ([0.6, 0.8], ())
     """
-    _check({"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root})
+    check_numbers({"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root})
 
     def init_fn(params):
-        nu = _init_nu(params, 0.0)
+        nu = joint_scalar(params, 0.0)
         mu = optax.tree.zeros_like(params, dtype=mu_dtype)
         return optax.ScaleByAdamState(count=jnp.zeros([], jnp.int32), mu=mu, nu=nu)
 
