@@ -111,7 +111,7 @@ def inverse_preconditioner(
     >>> rms = rj.dynamics(optax.rmsprop(0.1, eps=0.0), lambda w: jnp.sum(w**2))
     >>> state = rms.init(jnp.zeros(2))
     >>> state = state._replace(slow=optax.tree.full_like(state.slow, 4.0))
-    >>> rj.stability.inverse_preconditioner(rms, state).round(6).tolist()
+    >>> [round(x, 6) for x in rj.stability.inverse_preconditioner(rms, state).tolist()]
     [0.05, 0.05]
 
     ```

@@ -5,6 +5,9 @@ import os
 import jax
 import pytest
 
+# Nearly all of the time goes into compiling programs that run once.
+flags = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
 os.environ["MPLBACKEND"] = "agg"
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -16,8 +16,9 @@ from rodjax.stability import coordinate_thresholds
 # Rate per step at which directions turn, in units of the eigenvalues of P^-1 H, and at
 # which they are brought back to unit length: twice an edge of 2, within Heun's reach.
 RATE = 2.0
-# Largest threshold of a coordinate that is told from an infinite one.
-STEEPEST = 1e20
+# Largest threshold of a coordinate that is told from an infinite one: float32 holds the
+# square of its inverse.
+STEEPEST = 1e15
 
 
 class Tracked(NamedTuple):
