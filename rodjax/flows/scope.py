@@ -30,8 +30,8 @@ def gradient_descent_start(
     if rates is None or not np.allclose(rates, rates[0, 0], rtol=1e-3):
         raise ValueError(
             f"{flow} models gradient descent only (optax.sgd without momentum: the "
-            "update is -lr * gradient). For this optimizer use rodjax.flows.stable, rod,"
-            " modulated or edge, or central for RMSProp"
+            "update is -lr * gradient). For this optimizer use rodjax.flows.stable, "
+            "rod, modulated or edge, or central for RMSProp"
         )
     return state
 
@@ -49,8 +49,8 @@ def preconditioned_start(
         raise ValueError(
             f"{flow} models gradient descent and RMSProp, plain or scalar, with bias "
             "correction and schedules: no momentum (nor its slot, with b1=0), weight "
-            "decay, clipping or signs. For this optimizer use rodjax.flows.stable, rod, "
-            "modulated or edge"
+            "decay, clipping or signs. For this optimizer use rodjax.flows.stable, "
+            "rod, modulated or edge"
         )
     return state
 
