@@ -135,7 +135,7 @@ def test_momentum_against_the_dense_map(nesterov, ratio):
     dynamics = rj.dynamics(optax.sgd(lr, momentum=beta, nesterov=nesterov), TILTED)
     matrix = heavy_ball_map(lr, beta, nesterov)
     mean = dynamics.init(jnp.array([0.3, -0.2, 0.5]), None)
-    values, vectors = np.linalg.eig(matrix)
+    values, vectors = map(np.real, np.linalg.eig(matrix))
     first = np.argmax(values.real)
     for u in (unit(np.arange(1.0, 7.0)), unit(vectors[:, first].real)):
         y = EdgeState(mean, phase_of(mean, u), jnp.asarray(1e-3))
@@ -179,7 +179,7 @@ def test_rmsprop_against_the_dense_map(w):
     root = np.sqrt(decay * nu + (1 - decay) * g**2 + eps)
     matrix = lr * (1 / root - (1 - decay) * g**2 / root**3)[:, None] * HESSIAN
     matrix -= np.eye(3)
-    values, vectors = np.linalg.eig(matrix)
+    values, vectors = map(np.real, np.linalg.eig(matrix))
     for u in (unit(np.array([1.0, 2.0, 3.0])), vectors[:, np.argmax(values)]):
         y = EdgeState(mean, (jnp.asarray(u), *mean.phase[1:]), jnp.asarray(1e-9))
         dy = field(edge(dynamics), y)

@@ -227,7 +227,7 @@ MOMENTS = {
 @pytest.mark.parametrize("name", MOMENTS)
 def test_refuses_other_optimizers(name, top):
     flow = principal(rj.dynamics(MOMENTS[name], BOWL.loss), top=top)
-    message = r"principal models gradient descent only.*stable, rod or modulated"
+    message = r"principal models gradient descent only.*stable, rod, modulated or edge"
     with pytest.raises(ValueError, match=message):
         flow.init(BOWL.params, jnp.asarray(0.1), KEY)
 

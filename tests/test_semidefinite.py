@@ -62,9 +62,13 @@ def reference(a, b):
         x = cvxpy.Variable((k, k), PSD=True)
         quadratic = cvxpy.sum_squares(root @ cvxpy.vec(x, order="C")) / 2
         problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.trace(a @ x) + quadratic))
-        accuracy = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-12)
-        problem.solve(solver=cvxpy.CLARABEL, **accuracy)
-    return x.value
+        found = []
+        # What it cannot reach it may give up far away: the best answer counts.
+        for tol in (1e-12, 1e-11, 1e-10):
+            accuracy = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), tol)
+            problem.solve(solver=cvxpy.CLARABEL, **accuracy)
+            found.append(x.value)
+    return min(found, key=lambda x: violation(a, b, x))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6])
