@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Complex, Float
 
-from rodjax.curvature import hessian_eigenpairs
+from rodjax.curvature import hessian_eigenpairs, starting_directions
 from rodjax.dynamics import Dynamics
 from rodjax.stability import has_momentum, learning_rate
 from rodjax.trajectory import Metric
@@ -75,7 +75,7 @@ def stability_coefficients(
     ```
     """
 
-    def look(snapshot, guess, lr):
+    def update(snapshot, guess, lr):
         if has_momentum(snapshot.centre) or jax.tree.leaves(snapshot.centre.slow):
             raise ValueError(
                 "stability_coefficients describes gradient descent only. For other "
@@ -88,14 +88,13 @@ def stability_coefficients(
         along = jnp.abs(jax.vmap(lambda u: optax.tree.vdot(u, slope))(pairs.vectors))
         least = float(jnp.finfo(along.dtype).tiny)
         factors = jnp.real(principal_coefficient(rate * pairs.values, least))
-        return pairs, factors * along
-
-    def update(snapshot, guess, lr):
-        pairs, values = look(snapshot, guess, lr)
+        values = factors * along
         named = {f"stability_coefficient_{i + 1}": v for i, v in enumerate(values)}
         named["stability_residual"] = jnp.max(pairs.residuals)
         # A lane that has diverged must not hand NaN to a later warm start.
         well = jnp.all(jnp.isfinite(pairs.residuals))
         return named, optax.tree.where(well, pairs.vectors, guess)
 
-    return Metric(lambda snapshot, lr: look(snapshot, None, lr)[0].vectors, update)
+    return Metric(
+        lambda snapshot, lr: starting_directions(snapshot.centre.params, k), update
+    )

@@ -89,7 +89,7 @@ def hessian_eigenpairs(
 
     ```
     """
-    guess = _directions(params, k, guess)
+    guess = starting_directions(params, k, guess)
     return top_eigenpairs(lambda v: hvp(loss, params, v), guess, tol=tol)
 
 
@@ -149,7 +149,7 @@ def preconditioned_eigenpairs(
 
     ```
     """
-    guess = _directions(state.params, k, guess)
+    guess = starting_directions(state.params, k, guess)
     return top_eigenpairs(_preconditioned(dynamics, state, lr), guess, tol=tol)
 
 
@@ -172,7 +172,7 @@ def random_direction(params: PyTree) -> PyTree:
     return optax.tree.random_like(jax.random.key(0), params)
 
 
-def _directions(params: PyTree, k: int, guess: PyTree | None) -> PyTree:
+def starting_directions(params: PyTree, k: int, guess: PyTree | None = None) -> PyTree:
     """`guess`, checked, or k fixed random vectors like `params`."""
     size = optax.tree.size(params)
     if not 1 <= k <= size:
@@ -247,5 +247,5 @@ def spectrum(dynamics: Dynamics, k: int, *, tol: float | None = None) -> Metric:
         )
 
     return Metric(
-        lambda snapshot, lr: _directions(snapshot.centre.params, k, None), update
+        lambda snapshot, lr: starting_directions(snapshot.centre.params, k), update
     )

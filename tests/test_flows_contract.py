@@ -317,6 +317,7 @@ REFUSED = {
     "clipped": lambda lr: optax.chain(optax.clip(1.0), optax.sgd(lr)),
     "decayed": lambda lr: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(lr)),
     "signs": optax.sign_sgd,
+    "clipped rmsprop": lambda lr: optax.chain(optax.clip(1.0), optax.rmsprop(lr)),
     "adam without momentum": partial(optax.adam, b1=0.0),
 }
 SCHEDULE = optax.linear_schedule(0.0, 0.1, 10)

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+import optax
+from jaxtyping import Array, Float, PyTree
 
 from rodjax.dynamics import Dynamics, State
-from rodjax.window import Window
+from rodjax.window import Window, midpoint
 
 
 class Flow(NamedTuple):
@@ -58,6 +59,32 @@ def half_step_back(y: State, field: State) -> State:
     """
     back = jax.tree.map(lambda a, f: a - 0.5 * f, y, field)
     return back._replace(slow=jax.tree.map(lambda s: jnp.maximum(s, 0.0), back.slow))
+
+
+def centre_of(dynamics: Dynamics, start: PyTree | Window, lr: PyTree) -> State:
+    """Where a flow of midpoints starts: a window's own, or the initial state."""
+    if isinstance(start, Window):
+        return midpoint(start)
+    return dynamics.init(start, lr)
+
+
+def seed_size(
+    seed: float | None,
+) -> Callable[[PyTree], Float[Array, ""]]:
+    """params -> the least size of an oscillation, `seed` relative to their norm.
+
+    `None` stands for the dtype's epsilon, which is what rounding gives a real run.
+
+    **Raises** `ValueError` if `seed` is negative.
+    """
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+
+    def least(params: PyTree) -> Array:
+        norm = optax.tree.norm(params)
+        return (float(jnp.finfo(norm.dtype).eps) if seed is None else seed) * norm
+
+    return least
 
 
 def alone(params: PyTree) -> tuple[PyTree, dict[str, Array]]:

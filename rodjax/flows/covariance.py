@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 
 from rodjax.curvature import third_derivative
 from rodjax.dynamics import Dynamics, State
-from rodjax.flows.base import Flow
+from rodjax.flows.base import Flow, seed_size
 from rodjax.flows.lowrank import cubature
 from rodjax.flows.scope import gradient_descent_start
 from rodjax.stability import learning_rate
@@ -69,12 +69,7 @@ def covariance(dynamics: Dynamics, *, rank: int = 3, seed: float | None = None) 
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    if seed is not None and seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
-
-    def least(params: PyTree) -> Array:
-        norm = optax.tree.norm(params)
-        return (float(jnp.finfo(norm.dtype).eps) if seed is None else seed) * norm
+    least = seed_size(seed)
 
     def vector_field(t, y: CovarianceState, lr: PyTree) -> CovarianceState:
         params = y.mean.params

@@ -8,8 +8,8 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.dynamics import Dynamics, State
-from rodjax.flows.base import Flow, shift, stack
-from rodjax.window import Window, alternating, midpoint
+from rodjax.flows.base import Flow, centre_of, seed_size, shift, stack
+from rodjax.window import Window, alternating
 
 
 class EdgeState(NamedTuple):
@@ -64,12 +64,7 @@ def edge(dynamics: Dynamics, *, seed: float | None = None) -> Flow:
 
     ```
     """
-    if seed is not None and seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
-
-    def least(params: PyTree) -> Array:
-        norm = optax.tree.norm(params)
-        return (float(jnp.finfo(norm.dtype).eps) if seed is None else seed) * norm
+    least = seed_size(seed)
 
     def vector_field(t, y: EdgeState, lr: PyTree) -> EdgeState:
         unit = _unit(y.direction)
@@ -96,11 +91,12 @@ def edge(dynamics: Dynamics, *, seed: float | None = None) -> Flow:
         )
 
     def init(start: PyTree | Window, lr: PyTree, key: Array) -> EdgeState:
-        if isinstance(start, Window):
-            mean, apart = midpoint(start), alternating(start).phase
-        else:
-            mean = dynamics.init(start, lr)
-            apart = optax.tree.zeros_like(mean.phase)
+        mean = centre_of(dynamics, start, lr)
+        apart = (
+            alternating(start).phase
+            if isinstance(start, Window)
+            else optax.tree.zeros_like(mean.phase)
+        )
         # The iterates' own part may be rounding: all directions take part.
         noise = _unit(optax.tree.random_like(key, mean.params))
         apart = (

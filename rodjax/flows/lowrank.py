@@ -33,12 +33,12 @@ def cubature(centre: PyTree, rows: PyTree) -> PyTree:
 
 
 def tangent(
-    steps: Float[Array, "k d"], rows: Float[Array, "r d"], *, decay: float
+    steps: Float[Array, "k d"], rows: Float[Array, "r d"]
 ) -> Float[Array, "r d"]:
     """dU/dt such that U^T U keeps its rank and follows dSigma/dt as nearly as it can.
 
-    For dSigma/dt = M = V^T V - decay Sigma, V = `steps` and U = `rows`: the projection
-    onto the tangent space of matrices of rank r, U' = U'^(M) - (its part inside) / 2.
+    For dSigma/dt = V^T V - 2 Sigma, V = `steps` and U = `rows`, by projection onto the
+    tangent space of matrices of rank r.
     """
     # Scaled to unit length, a tiny row is as well determined as a long one.
     length = jnp.linalg.norm(rows, axis=1, keepdims=True)
@@ -47,10 +47,10 @@ def tangent(
     ridge = max(RIDGE, 8.0 * float(jnp.finfo(rows.dtype).eps))
     gram = unit @ unit.T + ridge * jnp.eye(len(rows), dtype=rows.dtype)
     inverse = _inverse(gram)
-    # C^-1 U M, still scaled, without its part -decay U.
+    # C^-1 U V^T V, still scaled.
     push = inverse @ ((unit @ steps.T) @ steps) / length
     inside = (inverse @ (unit @ push.T)).T @ unit
-    return push - 0.5 * inside - 0.5 * decay * rows
+    return push - 0.5 * inside - rows
 
 
 def orthonormal(

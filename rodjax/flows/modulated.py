@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.dynamics import Dynamics, State
-from rodjax.flows.base import Flow, half_step_back, shift, stack
+from rodjax.flows.base import Flow, half_step_back, seed_size, shift, stack
 from rodjax.ringing import ringing
 from rodjax.window import Window, alternating, midpoint
 
@@ -75,13 +75,7 @@ def modulated(
 
     ```
     """
-    if seed is not None and seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
-
-    def roundoff(params: PyTree) -> Array:
-        norm = optax.tree.norm(params)
-        relative = float(jnp.finfo(norm.dtype).eps) if seed is None else seed
-        return relative * norm
+    roundoff = seed_size(seed)
 
     def raw_field(mean: State, delta: PyTree, lr: PyTree) -> tuple[State, PyTree]:
         plus = dynamics.increment(shift(mean, delta), lr)

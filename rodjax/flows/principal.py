@@ -170,13 +170,11 @@ def _top(dynamics: Dynamics, count: int) -> Flow:
         return TopState(mean, with_sign(flatten(pairs.vectors)))
 
     def vector_field(t, y: TopState, lr: PyTree) -> TopState:
-        earlier = half_step_earlier(y.mean)
-        field = dynamics.increment(earlier, lr)
-        rate = learning_rate(dynamics, earlier, lr)
-        step, unravel = ravel_pytree(field.params)
-        point = ravel_pytree(y.mean.params)[0]
+        rate = learning_rate(dynamics, half_step_earlier(y.mean), lr)
+        point, unravel = ravel_pytree(y.mean.params)
         slope_of = jax.grad(lambda x: dynamics.loss(unravel(x)))
-        _, curve = jax.linearize(slope_of, point)
+        slope, curve = jax.linearize(slope_of, point)
+        step = -rate * slope
         # Not as a preconditioner, by which a schedule that starts at zero is infinite.
         seen = turn(lambda v: rate * curve(v), jnp.ones_like(point), y.directions)
         values, inside = jnp.linalg.eigh(seen.curvature)
@@ -185,8 +183,9 @@ def _top(dynamics: Dynamics, count: int) -> Flow:
         series = -1.0 - 0.5 * values
         extra = jnp.real(principal_coefficient(values, LEAST)) - series
         move = step + 0.5 * rate * curve(step) - (extra * along) @ vectors
-        mean = field._replace(phase=(unravel(move), *field.phase[1:]))
-        return TopState(mean, seen.rate)
+        phase = (unravel(move), *optax.tree.zeros_like(y.mean.phase[1:]))
+        field = State(phase, y.mean.slow, optax.tree.ones_like(y.mean.clock))
+        return TopState(field, seen.rate)
 
     return Flow(
         init=init,

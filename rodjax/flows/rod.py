@@ -112,7 +112,7 @@ def rod(
         if dense:
             grow = columns.T @ columns - 2.0 * y.extent
         else:
-            rows = tangent(columns, flatten(y.extent), decay=2.0)
+            rows = tangent(columns, flatten(y.extent))
             grow = unflatten(rows, y.extent)
         if bea:
             drift, _ = spread(half_step_back(y.mean, drift), rods, lr)

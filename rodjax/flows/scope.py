@@ -9,8 +9,9 @@ import optax
 from jaxtyping import Array, PyTree
 
 from rodjax.dynamics import Dynamics, State
+from rodjax.flows.base import centre_of
 from rodjax.stability import has_momentum, inverse_preconditioner
-from rodjax.window import Window, midpoint
+from rodjax.window import Window
 
 # A hyperparameter to try an optimizer with, whatever it is: lr, decay or epsilon.
 NOMINAL = 0.1
@@ -24,7 +25,7 @@ def gradient_descent_start(
     **Raises** `ValueError` unless the optimizer's update is -lr * gradient, its rate
     constant or on a schedule; the message names the flows that serve others.
     """
-    state = _centre(dynamics, start, lr)
+    state = centre_of(dynamics, start, lr)
     plain = not has_momentum(state) and not jax.tree.leaves(state.slow)
     rates = _rates(dynamics, state.params, lr) if plain else None
     if rates is None or not np.allclose(rates, rates[0, 0], rtol=1e-3):
@@ -44,7 +45,7 @@ def preconditioned_start(
     **Raises** `ValueError` unless the update is -P^-1 gradient with P a positive
     diagonal matrix that the second moments and the clock alone decide on.
     """
-    state = _centre(dynamics, start, lr)
+    state = centre_of(dynamics, start, lr)
     if has_momentum(state) or _rates(dynamics, state.params, lr) is None:
         raise ValueError(
             f"{flow} models gradient descent and RMSProp, plain or scalar, with bias "
@@ -53,12 +54,6 @@ def preconditioned_start(
             "rod, modulated or edge"
         )
     return state
-
-
-def _centre(dynamics: Dynamics, start: PyTree | Window, lr: PyTree) -> State:
-    if isinstance(start, Window):
-        return midpoint(start)
-    return dynamics.init(start, lr)
 
 
 def _rates(dynamics: Dynamics, params: PyTree, lr: PyTree) -> np.ndarray | None:
@@ -77,18 +72,21 @@ def _rates(dynamics: Dynamics, params: PyTree, lr: PyTree) -> np.ndarray | None:
         none = optax.tree.zeros_like(zero.params)
         moved = zero._replace(phase=optax.tree.ones_like(zero.phase))
         drift = dynamics.respond(moved, none, lr).params
+        none_after = dynamics.respond(zero, none, lr)
         still = _numbers(drift) == _numbers(ones)
+        grad = optax.tree.random_like(jax.random.key(0), zero.params)
+        after = lambda size: dynamics.respond(zero, optax.tree.scale(size, grad), lr)
+        sizes = (1.0, 1e3)
         if jax.tree.leaves(zero.slow):
-            # The second moments answer to the gradient, so at rest only.
-            found = [_numbers(inverse_preconditioner(dynamics, zero, lr))]
+            # They answer to the gradient: the rate is that at rest, and it is their
+            # rise that has to be quadratic.
+            rest = _numbers(none_after.slow)
+            law = [(_numbers(after(size).slow) - rest) / size**2 for size in sizes]
+            rates = _numbers(inverse_preconditioner(dynamics, zero, lr))[None]
         else:
-            grad = optax.tree.random_like(jax.random.key(0), zero.params)
-            found = []
-            for size in (1e-3, 1e3):
-                step = dynamics.respond(zero, optax.tree.scale(size, grad), lr).params
-                found.append(-_numbers(step) / (size * _numbers(grad)))
-    rates = np.stack(found)
-    steady = np.allclose(rates, rates[:1], rtol=1e-3)
+            law = [-_numbers(after(s).params) / (s * _numbers(grad)) for s in sizes]
+            rates = np.stack(law)
+    steady = np.allclose(law[0], law[1], rtol=1e-3)
     valid = np.all(np.isfinite(rates) & (rates >= 0))
     return rates if np.all(still) and steady and valid else None
 

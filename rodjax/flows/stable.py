@@ -1,8 +1,7 @@
 """The naive continuous-time limit: the baseline that EoS breaks."""
 
 from rodjax.dynamics import Dynamics
-from rodjax.flows.base import Flow, alone
-from rodjax.window import Window, midpoint
+from rodjax.flows.base import Flow, alone, centre_of
 
 
 def stable(dynamics: Dynamics) -> Flow:
@@ -25,13 +24,8 @@ def stable(dynamics: Dynamics) -> Flow:
     ```
     """
 
-    def init(start, lr, key):
-        if isinstance(start, Window):
-            return midpoint(start)
-        return dynamics.init(start, lr)
-
     return Flow(
-        init=init,
+        init=lambda start, lr, key: centre_of(dynamics, start, lr),
         vector_field=lambda t, y, lr: dynamics.increment(y, lr),
         centre=lambda y: y,
         observe=lambda y, lr: alone(y.params),
