@@ -5,21 +5,13 @@ from collections.abc import Callable, Sequence
 import diffrax
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import optax
 from jaxtyping import Array, PyTree
 
+from rodjax.courses import Method, at_start, descent, solution, solving
 from rodjax.dynamics import Dynamics
-from rodjax.flows.base import Flow, stack
-from rodjax.trajectory import (
-    Advance,
-    Metric,
-    Progress,
-    Recorder,
-    Snapshot,
-    Trajectory,
-)
-from rodjax.window import REACH, Window, alternating, midpoint, slide, warm_up
+from rodjax.flows.base import Flow
+from rodjax.trajectory import Metric, Progress, Recorder, Trajectory
+from rodjax.window import Window, warm_up
 
 
 def everything(params: PyTree) -> PyTree:
@@ -67,41 +59,25 @@ def descend(
 
     ```
     """
-    recorder = _recorder(dynamics, steps, every, metrics, project, progress)
+    moments = saved_moments(steps, every)
+    recorder = Recorder(dynamics.loss, tuple(metrics), project, progress)
     if isinstance(start, Window):
         window, lr = start, dynamics.cast(start.at(0).params, lr)
     else:
         window, lr = warm_up(dynamics, start, lr=lr), dynamics.cast(start, lr)
-    return _descend(dynamics, window, lr, recorder)
+    return _descend(dynamics, window, lr, recorder, moments, every)
 
 
 @eqx.filter_jit
 def _descend(
-    dynamics: Dynamics, window: Window, lr: PyTree, recorder: Recorder
+    dynamics: Dynamics,
+    window: Window,
+    lr: PyTree,
+    recorder: Recorder,
+    moments: int,
+    every: int,
 ) -> Trajectory:
-    def snapshot(window: Window) -> Snapshot:
-        return Snapshot(
-            step=window.step,
-            centre=midpoint(window),
-            ends=stack(window.at(0).params, window.at(1).params),
-            amplitude=optax.tree.norm(alternating(window).params),
-            report={},
-        )
-
-    def advance(window: Window) -> Advance:
-        def one(_, carry):
-            window, ok, calls = carry
-            new = slide(dynamics, window, lr)
-            calls += jnp.astype(ok, calls.dtype)
-            # Only the newest state can be the first that is not finite.
-            ok &= _finite(new.at(REACH))
-            return optax.tree.where(ok, new, window), ok, calls
-
-        before = (window, _finite(window.states), jnp.zeros_like(window.step))
-        window, ok, calls = jax.lax.fori_loop(0, recorder.every, one, before)
-        return Advance(window, ok, window.step + REACH + 1, calls)
-
-    return recorder.record(window, snapshot, advance, lr)
+    return recorder.record(descent(dynamics, lr, every), window, moments, every)
 
 
 def integrate(
@@ -155,20 +131,13 @@ def integrate(
 
     ```
     """
-    recorder = _recorder(flow.dynamics, steps, every, metrics, project, progress)
-    if substeps < 1:
-        raise ValueError(f"substeps must be at least 1, got {substeps}")
+    moments = saved_moments(steps, every)
+    recorder = Recorder(flow.dynamics.loss, tuple(metrics), project, progress)
+    method = solving(solver, substeps, controller)
     params = start.at(0).params if isinstance(start, Window) else start
-    return _integrate(
-        flow,
-        start,
-        flow.dynamics.cast(params, lr),
-        jax.random.key(0) if key is None else key,
-        recorder,
-        substeps,
-        diffrax.Heun() if solver is None else solver,
-        diffrax.ConstantStepSize() if controller is None else controller,
-    )
+    lr = flow.dynamics.cast(params, lr)
+    key = jax.random.key(0) if key is None else key
+    return _integrate(flow, start, lr, key, recorder, moments, every, method)
 
 
 @eqx.filter_jit
@@ -178,87 +147,21 @@ def _integrate(
     lr: PyTree,
     key: Array,
     recorder: Recorder,
-    substeps: int,
-    solver: diffrax.AbstractSolver,
-    controller: diffrax.AbstractStepSizeController,
+    moments: int,
+    every: int,
+    method: Method,
 ) -> Trajectory:
-    first = start.step if isinstance(start, Window) else jnp.asarray(0.0)
-    y0 = flow.init(start, lr, key)
-    big = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(y0))).max) ** 0.5
-    per_step, per_solve = _stages(solver)
-
-    def unbounded(y) -> Array:
-        return ~(optax.tree.norm(y) < big)
-
-    def snapshot(moment) -> Snapshot:
-        t, y = moment
-        centre, (ends, report) = flow.centre(y), flow.observe(y, lr)
-        apart = jax.tree.map(lambda e, c: e - c[None], ends, centre.params)
-        count = jax.tree.leaves(ends)[0].shape[0]
-        amplitude = optax.tree.norm(apart) / count**0.5
-        return Snapshot(t + flow.offset, centre, ends, amplitude, report)
-
-    def advance(moment) -> Advance:
-        t, y = moment
-        # Time in the state's own dtype, which the solver would promote otherwise.
-        span = jnp.asarray(recorder.every, jnp.result_type(*jax.tree.leaves(y)))
-        local = jnp.zeros_like(span)
-        solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda s, y, lr: flow.vector_field(t + s, y, lr)),
-            solver,
-            t0=local,
-            t1=span,
-            dt0=jnp.full_like(span, 1.0 / substeps),
-            y0=y,
-            args=lr,
-            saveat=diffrax.SaveAt(t1=True),
-            stepsize_controller=controller,
-            event=diffrax.Event(lambda t, y, args, **_: unbounded(y)),
-            max_steps=recorder.every * max(4096, substeps),
-            throw=False,
-        )
-        end, new = jax.tree.map(lambda x: x[-1], (solution.ts, solution.ys))
-        ok = (solution.result == diffrax.RESULTS.successful) & ~unbounded(new)
-        calls = solution.stats["num_steps"] * per_step + per_solve
-        calls = jnp.astype(calls * flow.evaluations, t.dtype)
-        stopped = jnp.ceil(t + jnp.astype(end, t.dtype))
-        return Advance((t + recorder.every, new), ok, stopped, calls)
-
-    path = recorder.record((first, y0), snapshot, advance, lr)
+    course = solution(flow, lr, every, method)
+    path = recorder.record(course, at_start(flow, start, lr, key), moments, every)
     return path._replace(final=path.final[1])
 
 
-def _finite(tree: PyTree) -> Array:
-    leaves = jax.tree.leaves(tree)
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
-
-
-def _stages(solver: diffrax.AbstractSolver) -> tuple[float, float]:
-    """Vector-field evaluations of an explicit solver: per step, and once per solve."""
-    if isinstance(solver, diffrax.Euler):
-        return 1, 0
-    if isinstance(solver, diffrax.AbstractERK):
-        tableau = solver.tableau
-        assert isinstance(tableau, diffrax.ButcherTableau)
-        reused = int(tableau.fsal)
-        return tableau.num_stages - reused, reused
-    return float("nan"), 0
-
-
-def _recorder(
-    dynamics: Dynamics,
-    steps: int,
-    every: int,
-    metrics: Sequence[Metric],
-    project: Callable[[PyTree], PyTree],
-    progress: Progress | None,
-) -> Recorder:
+def saved_moments(steps: int, every: int) -> int:
+    """The moments saved after the first. Raises `ValueError` if they do not fit."""
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
     if steps < 1 or steps % every:
         raise ValueError(
             f"steps must be a positive multiple of every={every}, got {steps}"
         )
-    return Recorder(
-        dynamics.loss, steps // every, every, tuple(metrics), project, progress
-    )
+    return steps // every

@@ -84,6 +84,36 @@ class Advance(NamedTuple):
     calls: Array
 
 
+class Course(NamedTuple):
+    """How one run or one flow is followed, from one saved moment to the next."""
+
+    snapshot: Callable[[Any], Snapshot]
+    advance: Callable[[Any], Advance]
+    lr: PyTree
+
+
+class Place(NamedTuple):
+    """Where a course has got to: all that is needed to go on from there.
+
+    - `state`: of the run or flow; of one that diverged the last finite one.
+    - `carries`: of the metrics.
+    - `diverged_at`, `evaluations`: as in `Trajectory`, so far.
+    """
+
+    state: Any
+    carries: tuple[Any, ...]
+    diverged_at: Array
+    evaluations: Array
+
+
+class Saved(NamedTuple):
+    """What is kept of one moment: the projected centre and ends, and the metrics."""
+
+    params: PyTree
+    ends: PyTree
+    metrics: dict[str, Array]
+
+
 class Recorder(NamedTuple):
     """What to save of a trajectory, and how often.
 
@@ -91,64 +121,66 @@ class Recorder(NamedTuple):
     """
 
     loss: Loss
-    moments: int
-    every: int
     metrics: tuple[Metric, ...]
     project: Callable[[PyTree], PyTree]
     progress: Progress | None
 
-    def record(
-        self,
-        state: Any,
-        snapshot: Callable[[Any], Snapshot],
-        advance: Callable[[Any], Advance],
-        lr: PyTree,
-    ) -> Trajectory:
-        """Scan `advance`, saving a projected snapshot at the start and after each.
+    def begin(
+        self, course: Course, state: Any, diverged_at: Array | float = jnp.nan
+    ) -> tuple[Place, Saved]:
+        """The first moment; NaN is saved if the lane has diverged before it."""
+        seen = course.snapshot(state)
+        carries = tuple(m.init(seen, course.lr) for m in self._all())
+        diverged_at = jnp.full_like(seen.step, diverged_at)
+        place = Place(state, carries, diverged_at, jnp.zeros_like(seen.step))
+        return self._save(course, place)
+
+    def proceed(self, course: Course, place: Place) -> tuple[Place, Saved]:
+        """The next moment.
 
         Once an advance fails the lane is frozen at its last finite state: it costs
         nothing to the others, and what it saves from there on is NaN.
         """
+        alive = jnp.isnan(place.diverged_at)
+        new = course.advance(place.state)
+        ok = new.ok & alive
+        place = place._replace(
+            state=optax.tree.where(ok, new.state, place.state),
+            diverged_at=jnp.where(alive & ~ok, new.step, place.diverged_at),
+            evaluations=place.evaluations + jnp.where(alive, new.calls, 0),
+        )
+        return self._save(course, place)
 
-        metrics = (losses(self.loss), *self.metrics)
-
-        def save(state, carries, ok):
-            seen = snapshot(state)
-            values, new = dict(seen.report), []
-            for metric, carry in zip(metrics, carries, strict=True):
-                named, following = metric.update(seen, carry, lr)
-                values |= named
-                new.append(following)
-            if self.progress is not None:
-                jax.debug.callback(self.progress, seen.step, values["loss"])
-            ends = jax.vmap(self.project)(seen.ends)
-            kept = (self.project(seen.centre.params), ends, values)
-            return jax.tree.map(lambda x: jnp.where(ok, x, jnp.nan), kept), tuple(new)
-
-        def body(carry, _):
-            state, carries, diverged_at, evaluations = carry
-            alive = jnp.isnan(diverged_at)
-            new = advance(state)
-            ok = new.ok & alive
-            state = optax.tree.where(ok, new.state, state)
-            diverged_at = jnp.where(alive & ~ok, new.step, diverged_at)
-            evaluations += jnp.where(alive, new.calls, 0)
-            saved, carries = save(state, carries, ok)
-            return (state, carries, diverged_at, evaluations), saved
-
-        seen = snapshot(state)
-        carries = tuple(metric.init(seen, lr) for metric in metrics)
-        first, carries = save(state, carries, jnp.asarray(True))
-        never, none = jnp.full_like(seen.step, jnp.nan), jnp.zeros_like(seen.step)
-        (state, _, diverged_at, evaluations), rest = jax.lax.scan(
-            body, (state, carries, never, none), length=self.moments
+    def record(
+        self, course: Course, state: Any, moments: int, every: int
+    ) -> Trajectory:
+        """Save the first moment and `moments` more, `every` steps apart."""
+        start, first = self.begin(course, state)
+        end, rest = jax.lax.scan(
+            lambda place, _: self.proceed(course, place), start, length=moments
         )
         saved = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rest)
-        later = self.every * jnp.arange(self.moments + 1, dtype=seen.step.dtype)
-        params, ends, values = saved
-        return Trajectory(
-            seen.step + later, params, ends, values, state, evaluations, diverged_at
-        )
+        step = course.snapshot(state).step
+        steps = step + every * jnp.arange(moments + 1, dtype=step.dtype)
+        return Trajectory(steps, *saved, end.state, end.evaluations, end.diverged_at)
+
+    def _all(self) -> tuple[Metric, ...]:
+        return (losses(self.loss), *self.metrics)
+
+    def _save(self, course: Course, place: Place) -> tuple[Place, Saved]:
+        seen = course.snapshot(place.state)
+        values, carries = dict(seen.report), []
+        for metric, carry in zip(self._all(), place.carries, strict=True):
+            named, following = metric.update(seen, carry, course.lr)
+            values |= named
+            carries.append(following)
+        if self.progress is not None:
+            jax.debug.callback(self.progress, seen.step, values["loss"])
+        ends = jax.vmap(self.project)(seen.ends)
+        saved = Saved(self.project(seen.centre.params), ends, values)
+        ok = jnp.isnan(place.diverged_at)
+        saved = jax.tree.map(lambda x: jnp.where(ok, x, jnp.nan), saved)
+        return place._replace(carries=tuple(carries)), saved
 
 
 def losses(loss: Loss) -> Metric:
