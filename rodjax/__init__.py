@@ -21,6 +21,7 @@ from rodjax.plotting import plot
 from rodjax.results import dataset
 from rodjax.ringing import Ringing, ringing
 from rodjax.stability import coordinate_thresholds, threshold
+from rodjax.sweeps import sweep
 from rodjax.trajectory import Metric, Snapshot, Trajectory
 from rodjax.window import Window, alternating, half_step_midpoint, midpoint, warm_up
 
@@ -56,6 +57,7 @@ __all__ = [
     "sharpness_ratio",
     "spectrum",
     "stability_coefficients",
+    "sweep",
     "third_derivative",
     "threshold",
     "top_eigenpair",

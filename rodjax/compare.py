@@ -1,5 +1,6 @@
 """How far a flow is from the optimizer that it models."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,15 +38,12 @@ class Comparison(NamedTuple):
         all, `median_sharpness_ratio` the median over the last third (NaN without the
         metric `edge_of_stability`).
         """
-        ratio = self.flow.get("sharpness_ratio", jnp.full_like(self.distance, jnp.nan))
+        nothing = jnp.full_like(self.distance, jnp.nan)
+        values = self.flow | {"distance": self.distance}
         return {
-            "final_distance": last_finite(self.distance),
-            "mean_distance": _of_finite(np.mean, self.distance),
-            "final_loss": last_finite(self.flow["loss"]),
-            "final_sharpness_ratio": last_finite(ratio),
-            "median_sharpness_ratio": _of_finite(
-                np.median, ratio[-(len(ratio) // 3) :]
-            ),
+            name: reduce(values.get(source, nothing))
+            for name, (source, reduce) in SUMMARIES.items()
+        } | {
             "update_evaluations": float(self.evaluations),
             "diverged_at": float(self.diverged_at),
         }
@@ -105,17 +103,7 @@ def compare(flow: Trajectory, run: Trajectory) -> Comparison:
     if not jax.tree.leaves(flow.params):
         raise ValueError("project= has kept no parameters: there is no distance")
 
-    depth = run.steps.ndim
-    half_step = jax.tree.map(lambda e: jnp.mean(e, axis=depth), run.ends)
-    squares = jax.tree.map(
-        lambda c, second, half: jnp.where(
-            early < 0.25, _squares(c - second, depth), _squares(c - half, depth)
-        ),
-        flow.params,
-        run.params,
-        half_step,
-    )
-    distance = jnp.sqrt(sum(jax.tree.leaves(squares)))
+    distance = separation(early, flow.params, run.params, run.ends)
     return Comparison(
         run.steps,
         distance,
@@ -126,12 +114,54 @@ def compare(flow: Trajectory, run: Trajectory) -> Comparison:
     )
 
 
-def last_finite(values: Array) -> float:
+def separation(
+    early: Float[Array, "*batch"], centre: PyTree, midpoint: PyTree, ends: PyTree
+) -> Float[Array, "*batch"]:
+    """Distance of a flow's centre from the run's midpoint.
+
+    The second-order midpoint where the flow is saved `early` = 0 steps later than the
+    run, the half-step one, of the run's two `ends`, where it is 1/2.
+    """
+    depth = jnp.ndim(early)
+    squares = jax.tree.map(
+        lambda c, m, e: jnp.where(
+            early < 0.25,
+            _squares(c - m, depth),
+            _squares(c - jnp.mean(e, axis=depth), depth),
+        ),
+        centre,
+        midpoint,
+        ends,
+    )
+    return jnp.sqrt(sum(jax.tree.leaves(squares)))
+
+
+def last_finite(values: Any) -> float:
     """The last finite entry, NaN if there is none."""
     return _of_finite(lambda x: x[-1], values)
 
 
-def _of_finite(reduce: Any, values: Array) -> float:
+def mean_of_finite(values: Any) -> float:
+    """The mean of the finite entries, NaN if there is none."""
+    return _of_finite(np.mean, values)
+
+
+def median_of_last_third(values: Any) -> float:
+    """The median of the finite entries in the last third, NaN if there is none."""
+    return _of_finite(np.median, values[-(len(values) // 3) :])
+
+
+#: Name -> the metric, over time, that it is of, and how it is reduced.
+SUMMARIES: dict[str, tuple[str, Callable[[Any], float]]] = {
+    "final_distance": ("distance", last_finite),
+    "mean_distance": ("distance", mean_of_finite),
+    "final_loss": ("loss", last_finite),
+    "final_sharpness_ratio": ("sharpness_ratio", last_finite),
+    "median_sharpness_ratio": ("sharpness_ratio", median_of_last_third),
+}
+
+
+def _of_finite(reduce: Any, values: Any) -> float:
     finite = np.asarray(values)[np.isfinite(values)]
     return float(reduce(finite)) if finite.size else float("nan")
 

@@ -1,15 +1,18 @@
 """Trajectories as one labelled xarray data set."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rodjax.compare import compare
 from rodjax.trajectory import Trajectory
 
 if TYPE_CHECKING:
     import xarray
+
+FLOW, STEP = "flow", "step"
 
 UNITS = {
     "loss": "loss at the centre",
@@ -21,6 +24,13 @@ UNITS = {
     "predicted_grad_norm": "root-mean-square gradient that the central flow predicts",
     "complementarity": "residual of the central flow's complementarity problem",
     "distance": "distance of the centre from the run's midpoint",
+    "final_distance": "last finite distance",
+    "mean_distance": "mean distance over the steps",
+    "final_loss": "last finite loss at the centre",
+    "final_sharpness_ratio": "last finite sharpness over threshold",
+    "median_sharpness_ratio": "median sharpness over threshold in the last third",
+    "evaluations": "evaluations of the update map",
+    "diverged_at": "first step that was not finite",
 }
 
 
@@ -29,9 +39,9 @@ def dataset(
 ) -> "xarray.Dataset":
     """A run and its flows as an xarray data set, ready for `to_netcdf`.
 
-    Dimensions: `model` ("run" and the flows' names) and `step` (optimizer steps; of a
+    Dimensions: `flow` ("run" and the flows' names) and `step` (optimizer steps; of a
     flow of half-step midpoints, the step before). Variables: every recorded metric, NaN
-    for a model that lacks it, and `distance` (zero for the run). `settings` become
+    for a flow that lacks it, and `distance` (zero for the run). `settings` become
     attributes.
 
     **Raises** `ValueError` where `compare` does, `ImportError` without xarray
@@ -50,28 +60,34 @@ def dataset(
     import xarray
 
     comparisons = {name: compare(flow, run) for name, flow in flows.items()}
-    models = [run, *flows.values()]
-    names = dict.fromkeys(name for model in models for name in model.metrics)
-    missing = np.full(run.steps.shape, np.nan)
-    values: dict[str, list[Any]] = {
-        name: [model.metrics.get(name, missing) for model in models] for name in names
-    }
-    values["distance"] = [
-        np.zeros(run.steps.shape),
-        *(comparison.distance for comparison in comparisons.values()),
-    ]
+    metrics = [run.metrics | {"distance": np.zeros(run.steps.shape)}]
+    for name, flow in flows.items():
+        metrics.append(flow.metrics | {"distance": comparisons[name].distance})
     return xarray.Dataset(
         {
-            name: (
-                ("model", "step"),
-                np.stack([np.asarray(row) for row in rows]),
-                {"long_name": UNITS.get(name, name)},
-            )
-            for name, rows in values.items()
+            name: ((FLOW, STEP), values, attributes(name))
+            for name, values in stacked(metrics).items()
         },
-        coords={
-            "model": ["run", *flows],
-            "step": ("step", np.asarray(run.steps), {"units": "optimizer steps"}),
-        },
+        coords={FLOW: ["run", *flows], STEP: step_coordinate(run.steps)},
         attrs=settings,
     )
+
+
+def stacked(metrics: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
+    """The metrics of several models by name, NaN for a model that lacks one."""
+    names = dict.fromkeys(name for model in metrics for name in model)
+    missing = np.full(np.shape(metrics[0]["loss"]), np.nan)
+    return {
+        name: np.stack([np.asarray(model.get(name, missing)) for model in metrics])
+        for name in names
+    }
+
+
+def attributes(name: str) -> dict[str, str]:
+    """What a variable of a result says of itself."""
+    return {"long_name": UNITS.get(name, name.replace("_", " "))}
+
+
+def step_coordinate(steps: Any) -> tuple[str, NDArray[Any], dict[str, str]]:
+    """The coordinate of the steps, for xarray."""
+    return (STEP, np.asarray(steps), {"units": "optimizer steps"})

@@ -127,16 +127,15 @@ class Recorder(NamedTuple):
 
     def begin(
         self, course: Course, state: Any, diverged_at: Array | float = jnp.nan
-    ) -> tuple[Place, Saved]:
-        """The first moment; NaN is saved if the lane has diverged before it."""
+    ) -> Place:
+        """The place before anything is saved, of a lane that may be lost already."""
         seen = course.snapshot(state)
         carries = tuple(m.init(seen, course.lr) for m in self._all())
         diverged_at = jnp.full_like(seen.step, diverged_at)
-        place = Place(state, carries, diverged_at, jnp.zeros_like(seen.step))
-        return self._save(course, place)
+        return Place(state, carries, diverged_at, jnp.zeros_like(seen.step))
 
-    def proceed(self, course: Course, place: Place) -> tuple[Place, Saved]:
-        """The next moment.
+    def proceed(self, course: Course, place: Place) -> Place:
+        """To the next moment.
 
         Once an advance fails the lane is frozen at its last finite state: it costs
         nothing to the others, and what it saves from there on is NaN.
@@ -144,30 +143,14 @@ class Recorder(NamedTuple):
         alive = jnp.isnan(place.diverged_at)
         new = course.advance(place.state)
         ok = new.ok & alive
-        place = place._replace(
+        return place._replace(
             state=optax.tree.where(ok, new.state, place.state),
             diverged_at=jnp.where(alive & ~ok, new.step, place.diverged_at),
             evaluations=place.evaluations + jnp.where(alive, new.calls, 0),
         )
-        return self._save(course, place)
 
-    def record(
-        self, course: Course, state: Any, moments: int, every: int
-    ) -> Trajectory:
-        """Save the first moment and `moments` more, `every` steps apart."""
-        start, first = self.begin(course, state)
-        end, rest = jax.lax.scan(
-            lambda place, _: self.proceed(course, place), start, length=moments
-        )
-        saved = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rest)
-        step = course.snapshot(state).step
-        steps = step + every * jnp.arange(moments + 1, dtype=step.dtype)
-        return Trajectory(steps, *saved, end.state, end.evaluations, end.diverged_at)
-
-    def _all(self) -> tuple[Metric, ...]:
-        return (losses(self.loss), *self.metrics)
-
-    def _save(self, course: Course, place: Place) -> tuple[Place, Saved]:
+    def save(self, course: Course, place: Place) -> tuple[Place, Saved]:
+        """What is kept of this moment, NaN if the lane has diverged."""
         seen = course.snapshot(place.state)
         values, carries = dict(seen.report), []
         for metric, carry in zip(self._all(), place.carries, strict=True):
@@ -181,6 +164,27 @@ class Recorder(NamedTuple):
         ok = jnp.isnan(place.diverged_at)
         saved = jax.tree.map(lambda x: jnp.where(ok, x, jnp.nan), saved)
         return place._replace(carries=tuple(carries)), saved
+
+    def record(
+        self, course: Course, state: Any, moments: int, every: int
+    ) -> Trajectory:
+        """Save the first moment and `moments` more, `every` steps apart."""
+        start, first = self.save(course, self.begin(course, state))
+        end, rest = jax.lax.scan(
+            lambda place, _: self.save(course, self.proceed(course, place)),
+            start,
+            length=moments,
+        )
+        saved = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rest)
+        step = course.snapshot(state).step
+        steps = step + every * jnp.arange(moments + 1, dtype=step.dtype)
+        params, ends, metrics = saved
+        return Trajectory(
+            steps, params, ends, metrics, end.state, end.evaluations, end.diverged_at
+        )
+
+    def _all(self) -> tuple[Metric, ...]:
+        return (losses(self.loss), *self.metrics)
 
 
 def losses(loss: Loss) -> Metric:

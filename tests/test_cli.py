@@ -59,7 +59,7 @@ def test_files_table_and_schema(tmp_path):
     assert summary["flows"]["modulated"]["update_evaluations"] == 8 * 4 * 2 * 4
     with xarray.open_dataset(out / "result.nc", engine="h5netcdf") as data:
         assert list(data.step.values) == [3, 5, 7, 9, 11]
-        final = data.distance.sel(model="rod").values[-1]
+        final = data.distance.sel(flow="rod").values[-1]
         assert summary["flows"]["rod"]["final_distance"] == final
         assert data.attrs["every"] == 2 and data.attrs["solver"] == "heun"
         assert data.loss.dtype == np.float64
@@ -148,8 +148,8 @@ def test_flows_run_and_report(tmp_path, names):
     assert all(row["diverged_at"] is None for row in flows.values())
     with xarray.open_dataset(tmp_path / "result.nc", engine="h5netcdf") as data:
         predicted = data.predicted_loss
-        assert np.isfinite(predicted.sel(model="central").values).all()
-        assert np.isnan(predicted.sel(model="edge").values).all()
+        assert np.isfinite(predicted.sel(flow="central").values).all()
+        assert np.isnan(predicted.sel(flow="edge").values).all()
         assert np.isfinite(data.loss.values).all()
 
 

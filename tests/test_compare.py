@@ -120,12 +120,12 @@ def test_dataset_is_labelled_and_survives_a_file(dynamics, flows, tmp_path):
     data = rj.dataset(run, paths, lr=0.1, problem="toy")
     data.to_netcdf(tmp_path / "x.nc", engine="h5netcdf")
     with xarray.open_dataset(tmp_path / "x.nc", engine="h5netcdf") as read:
-        assert list(read.model.values) == ["run", "stable", "rod"]
+        assert list(read.flow.values) == ["run", "stable", "rod"]
         np.testing.assert_array_equal(
-            read.loss.sel(model="rod"), paths["rod"].metrics["loss"]
+            read.loss.sel(flow="rod"), paths["rod"].metrics["loss"]
         )
         np.testing.assert_array_equal(
-            read.distance.sel(model="stable"), rj.compare(paths["stable"], run).distance
+            read.distance.sel(flow="stable"), rj.compare(paths["stable"], run).distance
         )
         assert read.attrs["lr"] == 0.1
         assert read.step.attrs["units"] == "optimizer steps"

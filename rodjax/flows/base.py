@@ -11,6 +11,9 @@ from jaxtyping import Array, Float, PyTree
 from rodjax.dynamics import Dynamics, State
 from rodjax.window import Window, midpoint
 
+#: The least oscillation relative to the parameters; see `seed_size`.
+Seed = float | Callable[[Any], Any] | None
+
 
 class Flow(NamedTuple):
     """A continuous-time model of an optimizer; time is in optimizer steps.
@@ -69,20 +72,23 @@ def centre_of(dynamics: Dynamics, start: PyTree | Window, lr: PyTree) -> State:
 
 
 def seed_size(
-    seed: float | None,
-) -> Callable[[PyTree], Float[Array, ""]]:
-    """params -> the least size of an oscillation, `seed` relative to their norm.
+    seed: Seed,
+) -> Callable[[PyTree, PyTree], Float[Array, ""]]:
+    """(params, lr) -> the least size of an oscillation, `seed` relative to their norm.
 
-    `None` stands for the dtype's epsilon, which is what rounding gives a real run.
+    `None` stands for the dtype's epsilon, which is what rounding gives a real run; a
+    function takes `lr`, so that a sweep may vary the seed.
 
-    **Raises** `ValueError` if `seed` is negative.
+    **Raises** `ValueError` if `seed` is a negative number.
     """
-    if seed is not None and seed < 0:
+    if seed is not None and not callable(seed) and seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
 
-    def least(params: PyTree) -> Array:
+    def least(params: PyTree, lr: PyTree) -> Array:
         norm = optax.tree.norm(params)
-        return (float(jnp.finfo(norm.dtype).eps) if seed is None else seed) * norm
+        if seed is None:
+            return float(jnp.finfo(norm.dtype).eps) * norm
+        return jnp.asarray(seed(lr) if callable(seed) else seed, norm.dtype) * norm
 
     return least
 

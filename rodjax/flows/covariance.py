@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 
 from rodjax.curvature import third_derivative
 from rodjax.dynamics import Dynamics, State
-from rodjax.flows.base import Flow, seed_size
+from rodjax.flows.base import Flow, Seed, seed_size
 from rodjax.flows.lowrank import cubature
 from rodjax.flows.scope import gradient_descent_start
 from rodjax.stability import learning_rate
@@ -28,7 +28,7 @@ class CovarianceState(NamedTuple):
     factor: PyTree
 
 
-def covariance(dynamics: Dynamics, *, rank: int = 3, seed: float | None = None) -> Flow:
+def covariance(dynamics: Dynamics, *, rank: int = 3, seed: Seed = None) -> Flow:
     r"""The covariance flow of gradient descent (reconstructed).
 
     With the free energy $F(w, \Sigma) = L(w) + \tfrac12 \langle H(w), \Sigma \rangle$,
@@ -48,7 +48,8 @@ def covariance(dynamics: Dynamics, *, rank: int = 3, seed: float | None = None) 
 
     - `rank`: columns r of V (at most as many as there are parameters).
     - `seed`: least length of a column, relative to the norm of the parameters; the
-      dtype's epsilon if `None`. Below it a column is pushed out along itself.
+      dtype's epsilon if `None`; or a function of `lr`, as for `modulated`. Below it a
+      column is pushed out along itself.
 
     **Starting points.** Columns at random, of the seed's size; from a window the first
     is its alternating part.
@@ -86,7 +87,7 @@ def covariance(dynamics: Dynamics, *, rank: int = 3, seed: float | None = None) 
         def grow(v: PyTree) -> PyTree:
             once = curve(v)
             length = jnp.maximum(optax.tree.norm(v), jnp.finfo(rate.dtype).tiny)
-            push = 2.0 * jnp.maximum(least(params) / length - 1.0, 0.0)
+            push = 2.0 * jnp.maximum(least(params, lr) / length - 1.0, 0.0)
             mix = lambda v, h, hh: push * v - rate * h + 0.5 * rate**2 * hh
             return jax.tree.map(mix, v, once, curve(once))
 
@@ -98,7 +99,7 @@ def covariance(dynamics: Dynamics, *, rank: int = 3, seed: float | None = None) 
         flat, unravel = ravel_pytree(mean.params)
         noise = jax.random.normal(key, (min(rank, flat.size), flat.size), flat.dtype)
         rows = noise / jnp.linalg.norm(noise, axis=1, keepdims=True)
-        rows = least(mean.params) * rows
+        rows = least(mean.params, lr) * rows
         if isinstance(start, Window):
             rows = rows.at[0].add(ravel_pytree(alternating(start).params)[0])
         return CovarianceState(mean, jax.vmap(unravel)(rows))

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.dynamics import Dynamics, State
-from rodjax.flows.base import Flow, centre_of, seed_size, shift, stack
+from rodjax.flows.base import Flow, Seed, centre_of, seed_size, shift, stack
 from rodjax.window import Window, alternating
 
 
@@ -25,7 +25,7 @@ class EdgeState(NamedTuple):
     radius: Float[Array, ""]
 
 
-def edge(dynamics: Dynamics, *, seed: float | None = None) -> Flow:
+def edge(dynamics: Dynamics, *, seed: Seed = None) -> Flow:
     r"""The edge flow of gradient descent, and of any optimizer.
 
     For gradient descent as published, with the constants (reconstructed): centre c,
@@ -47,7 +47,7 @@ def edge(dynamics: Dynamics, *, seed: float | None = None) -> Flow:
     **Arguments**
 
     - `seed`: least radius relative to the norm of the parameters; the dtype's epsilon
-      if `None`.
+      if `None`; or a function of `lr`, as for `modulated`.
 
     **Starting points.** u and r are the alternating part of a window and its size; from
     scratch a random direction and the seed.
@@ -81,7 +81,7 @@ def edge(dynamics: Dynamics, *, seed: float | None = None) -> Flow:
         # M u = -(u + F' u), and M u - (u . M u) u leaves the first u out.
         turned = optax.tree.scale(-1.0, change)
         growth = optax.tree.vdot(unit, turned)
-        short = jnp.maximum(least(y.mean.params) - y.radius, 0.0)
+        short = jnp.maximum(least(y.mean.params, lr) - y.radius, 0.0)
         return EdgeState(
             mean=jax.tree.map(lambda p, m: 0.5 * (p + m), plus, minus),
             direction=jax.tree.map(
@@ -100,7 +100,7 @@ def edge(dynamics: Dynamics, *, seed: float | None = None) -> Flow:
         # The iterates' own part may be rounding: all directions take part.
         noise = _unit(optax.tree.random_like(key, mean.params))
         apart = (
-            optax.tree.add_scale(apart[0], least(mean.params), noise),
+            optax.tree.add_scale(apart[0], least(mean.params, lr), noise),
             *apart[1:],
         )
         radius = optax.tree.norm(apart)

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.dynamics import Dynamics, State
-from rodjax.flows.base import Flow, half_step_back, seed_size, shift, stack
+from rodjax.flows.base import Flow, Seed, half_step_back, seed_size, shift, stack
 from rodjax.ringing import ringing
 from rodjax.window import Window, alternating, midpoint
 
@@ -31,9 +31,7 @@ class ModulatedState(NamedTuple):
     log_decay: Float[Array, ""]
 
 
-def modulated(
-    dynamics: Dynamics, *, bea: bool = True, seed: float | None = None
-) -> Flow:
+def modulated(dynamics: Dynamics, *, bea: bool = True, seed: Seed = None) -> Flow:
     r"""The modulated flow of any optimizer (ours).
 
     Write the optimizer's phase as $z_t = c_t + (-1)^t \delta_t$ with c and delta both
@@ -56,9 +54,10 @@ def modulated(
       \dots$ with sigma the growth rate of delta, so that its growth is exact however
       violent the onset.
     - `seed`: the least size of delta in the parameters, relative to their norm; `None`
-      for the dtype's epsilon, which is what rounding gives a real run; 0 for none.
-      Below it delta is pushed out along itself. With momentum the floor is what the
-      run still carries (`rodjax.ringing`), if that is more.
+      for the dtype's epsilon, which is what rounding gives a real run; 0 for none; or
+      a function of `lr`, such as `lambda h: h["seed_amplitude"]` in a sweep. Below it
+      delta is pushed out along itself. With momentum the floor is what the run still
+      carries (`rodjax.ringing`), if that is more.
 
     **Starting points.** From scratch: c = w0 and delta a random vector of the seed's
     size. From a window: c its second-order midpoint, delta its alternating part.
@@ -88,7 +87,7 @@ def modulated(
 
     def vector_field(t, y: ModulatedState, lr: PyTree) -> ModulatedState:
         d_mean, d_delta = raw_field(y.mean, y.delta, lr)
-        floor = jnp.maximum(roundoff(y.mean.params), y.memory)
+        floor = jnp.maximum(roundoff(y.mean.params, lr), y.memory)
         push = 2.0 * jnp.maximum(floor / _size(y.delta, d_delta) - 1.0, 0.0)
         if bea:
             lag = _lag(y.delta, d_delta)
@@ -105,14 +104,15 @@ def modulated(
         if isinstance(start, Window):
             mean, delta = midpoint(start), alternating(start).phase
             memory, log_decay = ringing(dynamics, start, lr)
-            memory = jnp.zeros_like(memory) if seed == 0 else memory
+            scale = seed(lr) if callable(seed) else seed
+            memory = memory if scale is None else jnp.where(scale == 0, 0, memory)
         else:
             mean = dynamics.init(start, lr)
             delta = optax.tree.zeros_like(mean.phase)
-            memory = log_decay = jnp.zeros_like(roundoff(mean.params))
+            memory = log_decay = jnp.zeros_like(roundoff(mean.params, lr))
         # Any delta at all needs a direction to be pushed along.
         noise = optax.tree.random_like(key, mean.params)
-        size = roundoff(mean.params) / optax.tree.norm(noise)
+        size = roundoff(mean.params, lr) / optax.tree.norm(noise)
         delta = (optax.tree.add_scale(delta[0], size, noise), *delta[1:])
         return ModulatedState(mean, delta, memory, log_decay)
 

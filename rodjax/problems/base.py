@@ -17,6 +17,8 @@ class Problem(NamedTuple):
         loss: function of the parameters, a pytree of arrays, to a scalar of shape
             ``()``; pure, so that it can be differentiated and compiled.
         params: where to start; its shapes and dtypes are those ``loss`` takes.
+        draw: function from a ``jax.random`` key to another start of the same
+            distribution, so that a sweep may vary it; None where starts are not drawn.
 
     Source: the full-batch setting of Cohen et al., ICLR 2021, arXiv 2103.00065.
 
@@ -30,6 +32,7 @@ class Problem(NamedTuple):
     name: str
     loss: Callable[[PyTree], Float[Array, ""]]
     params: PyTree
+    draw: Callable[[Array], PyTree] | None = None
 
 
 def float_dtype(dtype: DTypeLike | None = None) -> jnp.dtype:

@@ -163,25 +163,34 @@ def digits_mlp(
     def init(key, shape, dtype):
         return WEIGHT_SCALE / math.sqrt(shape[0]) * jax.random.normal(key, shape, dtype)
 
-    key, rngs = jax.random.key(seed), nnx.Rngs(seed)
-    sizes = (PIXELS, *widths, CLASSES)
-    layers = []
-    for fan_in, fan_out in itertools.pairwise(sizes):
-        # Keys of our own, so that the problem is the same with every version of flax.
-        key, own = jax.random.split(key)
-        # dtype too: without it flax would compute in what it infers.
-        linear = nnx.Linear(
-            fan_in,
-            fan_out,
-            kernel_init=lambda _, shape, dtype, own=own: init(own, shape, dtype),
-            param_dtype=dtype,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        layers += [linear, function]
-    graph, state = nnx.split(nnx.Sequential(*layers[:-1]), nnx.Param)
+    def layers(key):
+        sizes = (PIXELS, *widths, CLASSES)
+        for fan_in, fan_out in itertools.pairwise(sizes):
+            # Keys of our own, so that the problem is the same with every version of
+            # flax.
+            key, own = jax.random.split(key)
+            # dtype too: without it flax would compute in what it infers.
+            yield nnx.Linear(
+                fan_in,
+                fan_out,
+                kernel_init=lambda _, shape, dtype, own=own: init(own, shape, dtype),
+                param_dtype=dtype,
+                dtype=dtype,
+                rngs=nnx.Rngs(0),
+            )
+            yield function
+
+    def model(key):
+        *stack, _ = layers(key)
+        return nnx.split(nnx.Sequential(*stack), nnx.Param)
+
+    graph, state = model(jax.random.key(seed))
 
     def mean_loss(params):
         return jnp.mean(per_sample(nnx.merge(graph, params)(inputs), targets))
 
-    return Problem(f"digits mlp ({loss})", mean_loss, nnx.to_pure_dict(state))
+    def draw(key):
+        return nnx.to_pure_dict(model(key)[1])
+
+    name = f"digits mlp ({loss})"
+    return Problem(name, mean_loss, nnx.to_pure_dict(state), draw)

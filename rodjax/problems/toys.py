@@ -87,8 +87,10 @@ def quadratic(
     def loss(params):
         return params["w"] @ hessian @ params["w"] / 2
 
-    start = scale * jax.random.normal(key, eigenvalues.shape, dtype)
-    return Problem("quadratic", loss, {"w": start})
+    def draw(key):
+        return {"w": scale * jax.random.normal(key, eigenvalues.shape, dtype)}
+
+    return Problem("quadratic", loss, draw(key), draw)
 
 
 def quartic_well(
@@ -243,7 +245,8 @@ def factorization(
             f" min(d_in, d_out)={min(d_in, d_out)} in number."
         )
     check_finite("scale", [scale])
-    left, right, first, second = jax.random.split(jax.random.key(seed), 4)
+    key = jax.random.key(seed)
+    left, right, _, _ = jax.random.split(key, 4)
     u = jax.random.orthogonal(left, d_out, dtype=dtype)[:, : values.size]
     v = jax.random.orthogonal(right, d_in, dtype=dtype)[:, : values.size]
     target = u @ jnp.diag(values) @ v.T
@@ -251,9 +254,13 @@ def factorization(
     def loss(params):
         return jnp.sum((params["w2"] @ params["w1"] - target) ** 2) / 2
 
-    w1 = scale / math.sqrt(d_in) * jax.random.normal(first, (h, d_in), dtype)
-    w2 = scale / math.sqrt(h) * jax.random.normal(second, (d_out, h), dtype)
-    return Problem("factorization", loss, {"w1": w1, "w2": w2})
+    def draw(key):
+        _, _, first, second = jax.random.split(key, 4)
+        w1 = scale / math.sqrt(d_in) * jax.random.normal(first, (h, d_in), dtype)
+        w2 = scale / math.sqrt(h) * jax.random.normal(second, (d_out, h), dtype)
+        return {"w1": w1, "w2": w2}
+
+    return Problem("factorization", loss, draw(key), draw)
 
 
 def scalar_factorization(

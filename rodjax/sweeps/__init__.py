@@ -1,0 +1,6 @@
+"""Sweeps: runs and flows on every point of a named grid, as one program."""
+
+from rodjax.sweeps.blocks import Status
+from rodjax.sweeps.sweep import sweep
+
+__all__ = ["Status", "sweep"]
