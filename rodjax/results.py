@@ -60,7 +60,9 @@ def dataset(
     import xarray
 
     comparisons = {name: compare(flow, run) for name, flow in flows.items()}
-    metrics = [run.metrics | {"distance": np.zeros(run.steps.shape)}]
+    metrics: list[Mapping[str, Any]] = [
+        run.metrics | {"distance": np.zeros(run.steps.shape)}
+    ]
     for name, flow in flows.items():
         metrics.append(flow.metrics | {"distance": comparisons[name].distance})
     return xarray.Dataset(

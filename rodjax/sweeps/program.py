@@ -4,12 +4,11 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Device
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -20,7 +19,8 @@ from rodjax.sweeps.lanes import Places, Rows, Spec, begin, follow
 SHARE = 0.8
 AXIS = "lanes"
 
-Devices = tuple[Device, ...]
+#: Of jax.Device, which is a variable to type checkers.
+Devices = tuple[Any, ...]
 
 
 class Frozen(NamedTuple):
@@ -154,7 +154,7 @@ def memory(devices: Devices) -> float:
     return least
 
 
-def _memory(device: Device) -> float:
+def _memory(device: Any) -> float:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return float(stats["bytes_limit"])

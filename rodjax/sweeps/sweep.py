@@ -48,7 +48,7 @@ def sweep(
     controller: diffrax.AbstractStepSizeController | None = None,
     lane_chunk: int | None = None,
     time_chunk: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     out: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: Callable[[Status], None] | None = None,
