@@ -105,6 +105,15 @@ class Place(NamedTuple):
     diverged_at: Array
     evaluations: Array
 
+    def shown(self) -> Any:
+        """The state, NaN once diverged.
+
+        Inner iterations stop at NaN, whereas the last finite state of a lane may need
+        many, for which all lanes of a vmap would wait.
+        """
+        alive = jnp.isnan(self.diverged_at)
+        return jax.tree.map(lambda x: jnp.where(alive, x, jnp.nan), self.state)
+
 
 class Saved(NamedTuple):
     """What is kept of one moment: the projected centre and ends, and the metrics."""
@@ -141,7 +150,7 @@ class Recorder(NamedTuple):
         nothing to the others, and what it saves from there on is NaN.
         """
         alive = jnp.isnan(place.diverged_at)
-        new = course.advance(place.state)
+        new = course.advance(place.shown())
         ok = new.ok & alive
         return place._replace(
             state=optax.tree.where(ok, new.state, place.state),
@@ -151,7 +160,7 @@ class Recorder(NamedTuple):
 
     def save(self, course: Course, place: Place) -> tuple[Place, Saved]:
         """What is kept of this moment, NaN if the lane has diverged."""
-        seen = course.snapshot(place.state)
+        seen = course.snapshot(place.shown())
         values, carries = dict(seen.report), []
         for metric, carry in zip(self._all(), place.carries, strict=True):
             named, following = metric.update(seen, carry, course.lr)

@@ -26,7 +26,7 @@ Devices = tuple[Any, ...]
 class Frozen(NamedTuple):
     """The structure, shapes and dtypes of a tree; hashable."""
 
-    structure: jax.tree_util.PyTreeDef
+    structure: Any
     leaves: tuple[jax.ShapeDtypeStruct, ...]
 
     @classmethod
