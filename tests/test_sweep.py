@@ -257,6 +257,7 @@ BAD = [
     ({"every": 2, "time_chunk": 3}, "time_chunk"),
     ({"lane_chunk": 0}, "lane_chunk"),
     ({"substeps": 0}, "substeps"),
+    ({"settings": {"tags": ["a"]}}, "settings: tags"),
     ({"flows": {"run": rj.flows.stable(heavy)}}, "'run'"),
     ({"flows": {"other": rj.flows.stable(heavy)}}, "other dynamics"),
 ]
@@ -264,7 +265,7 @@ BAD = [
 
 @pytest.mark.parametrize(("change", "words"), BAD, ids=[words for _, words in BAD])
 def test_bad_input_is_refused_before_anything_is_compiled(change, words, monkeypatch):
-    monkeypatch.setattr(program, "build", None)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", None)
     settings = {"params": jnp.ones(2), "steps": 4, "grid": {"lr": [0.1, 0.2]}} | change
     with pytest.raises(ValueError, match=words):
         rj.sweep(rj.dynamics(optax.sgd, loss), **settings)

@@ -50,7 +50,7 @@ class Blocks:
         self.devices = devices
         whole, rest = divmod(moments, program.length)
         #: Moments of every chunk of time.
-        self.counts = [program.length] * whole + [rest] * (rest > 0)
+        self.counts = [program.length] * whole + ([rest] if rest else [])
         self.blocks = -(-grid.lanes // program.lanes)
         self.computed: list[Rows] = []
 

@@ -100,7 +100,13 @@ def build(
     )
     batch = point.stacked(lanes).on(across)
     first = jax.vmap(functools.partial(begin, spec), in_axes=(None, 0))
-    places = Frozen.of(jax.eval_shape(first, params.on(alike), batch)).on(across)
+    try:
+        places = Frozen.of(jax.eval_shape(first, params.on(alike), batch)).on(across)
+    except jax.errors.ConcretizationTypeError as error:
+        raise ValueError(
+            f"grid: one of {', '.join(batch)} is used for a decision in Python, so it "
+            "cannot differ from lane to lane: run one sweep for each of its values"
+        ) from error
     lowered = program.lower(
         params.on(alike),
         batch,

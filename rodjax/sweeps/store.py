@@ -1,6 +1,9 @@
 """What a sweep keeps on disk, so that a killed one goes on where it was."""
 
+import functools
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,29 +11,49 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-SETTINGS = "sweep.json"
+SETTINGS, CHECKPOINTS = "sweep.json", "checkpoints"
+#: Settings of which only a digest is stored, and what they stand for.
+DIGESTS = {
+    "params": "the values of the initial parameters",
+    "program": "what is computed: loss, optimizer, flows, metrics, versions",
+}
 
 
 def settings_in(directory: Path) -> dict[str, Any] | None:
     """The settings of the sweep that a directory holds, `None` if it holds none.
 
-    **Raises** `ValueError` if `directory` is a file.
+    **Raises** `ValueError` if `directory` is a file or holds checkpoints of unknown
+    settings, `ImportError` where what writes into it is not installed.
     """
+    try:
+        import h5netcdf  # noqa: F401
+        from orbax import checkpoint  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "out= needs orbax-checkpoint and h5netcdf: pip install 'rodjax[sweep]'"
+        ) from error
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"out={directory} is not a directory")
     file = directory / SETTINGS
+    if not file.exists() and (directory / CHECKPOINTS).exists():
+        raise ValueError(
+            f"out={directory} has {CHECKPOINTS} but no {SETTINGS} to say of what: give "
+            "another directory"
+        )
     return json.loads(file.read_text()) if file.exists() else None
 
 
 def check_same(directory: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise `ValueError` if two sweeps' settings differ, naming what does."""
-    # As JSON gives them back, tuples are lists.
-    now = json.loads(json.dumps(now))
+    # As JSON gives them back; and by what they print, for NaN is not equal to itself.
+    now = json.loads(_json(now))
     missing = "nothing"
     changed = [
-        f"{name} was {stored.get(name, missing)}, is now {now.get(name, missing)}"
+        f"{name} is another ({DIGESTS[name]})"
+        if name in DIGESTS
+        else f"{name} was {stored.get(name, missing)}, is now {now.get(name, missing)}"
         for name in dict.fromkeys([*stored, *now])
-        if stored.get(name, missing) != now.get(name, missing)
+        if repr(stored.get(name, missing)) != repr(now.get(name, missing))
     ]
     if changed:
         raise ValueError(
@@ -47,13 +70,8 @@ class Store:
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any]):
-        """Open `directory`. Raises `ImportError` without orbax."""
-        try:
-            from orbax import checkpoint
-        except ImportError as error:
-            raise ImportError(
-                "out= needs orbax-checkpoint: pip install 'rodjax[sweep]'"
-            ) from error
+        """Open `directory`, whose settings have been checked."""
+        from orbax import checkpoint
 
         def manager(name: str, keep: int | None) -> Any:
             options = checkpoint.CheckpointManagerOptions(
@@ -62,53 +80,68 @@ class Store:
                 # A rejected asynchronous save can hang the process at its end.
                 enable_async_checkpointing=False,
             )
-            path = (directory / "checkpoints" / name).absolute()
+            path = (directory / CHECKPOINTS / name).absolute()
             return checkpoint.CheckpointManager(path, options=options)
+
+        # All processes read a place together, but each reads rows when it needs them.
+        me = jax.process_index()
+        alone = checkpoint.options.MultiprocessingOptions(me, {me}, f"process {me}")
+        handler = checkpoint.StandardCheckpointHandler(multiprocessing_options=alone)
 
         if jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             part = directory / f"{SETTINGS}.part"
-            part.write_text(json.dumps(settings, indent=2) + "\n")
+            part.write_text(_json(settings) + "\n")
             part.replace(directory / SETTINGS)
         self._args: Any = checkpoint.args
         self._rows, self._places = manager("rows", None), manager("places", 1)
+        self._reader = checkpoint.Checkpointer(handler, multiprocessing_options=alone)
 
     def done(self, in_block: int) -> int:
         """The number of chunks finished, of `in_block` to each chunk of lanes."""
-        last = self._rows.latest_step()
-        if last is None:
-            return 0
+        rows, places = self._rows.all_steps(), self._places.latest_step()
+        done = next(chunk for chunk in itertools.count() if chunk not in rows)
         # Killed between its rows and its places, a chunk is done again from the last.
-        whole = (last + 1) % in_block == 0 or self._places.latest_step() == last
-        return last + 1 if whole else last
+        while done % in_block and places != done - 1:
+            done -= 1
+        return done
 
     def save(self, chunk: int, rows: PyTree, places: PyTree | None) -> None:
         """Keep a chunk's rows, and the places unless nothing goes on from them."""
         if chunk not in self._rows.all_steps():
-            self._rows.save(chunk, args=self._args.StandardSave(_flat(rows)))
+            # By force even before later ones.
+            rows = self._args.StandardSave(_flat(rows))
+            self._rows.save(chunk, args=rows, force=True)
         if places is not None:
             self._places.save(chunk, args=self._args.StandardSave(_flat(places)))
 
     def rows(self, chunk: int, like: PyTree) -> PyTree:
         """The rows of a chunk, host arrays in the structure of `like`."""
         target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
-        return self._restored(self._rows, chunk, target)
+        # Where the manager puts what has no name of its own.
+        path = self._rows.directory / str(chunk) / "default"
+        return self._restored(functools.partial(self._reader.restore, path), target)
 
     def places(self, chunk: int, like: PyTree) -> PyTree:
         """The places after a chunk, laid out on devices like `like`."""
-        return self._restored(self._places, chunk, like)
+        return self._restored(functools.partial(self._places.restore, chunk), like)
 
     def close(self) -> None:
         """Release what orbax holds."""
         self._rows.close()
         self._places.close()
+        self._reader.close()
 
-    def _restored(self, manager: Any, chunk: int, like: PyTree) -> PyTree:
-        target = self._args.StandardRestore(_flat(like))
-        found = manager.restore(chunk, args=target)
+    def _restored(self, restore: Callable[..., Any], like: PyTree) -> PyTree:
+        found = restore(args=self._args.StandardRestore(_flat(like)))
         return jax.tree.unflatten(
             jax.tree.structure(like), [found[name] for name in sorted(found)]
         )
+
+
+def _json(settings: dict[str, Any]) -> str:
+    # NumPy's numbers are written as those of Python.
+    return json.dumps(settings, indent=2, default=lambda x: np.asarray(x).tolist())
 
 
 def _flat(tree: PyTree) -> dict[str, Any]:

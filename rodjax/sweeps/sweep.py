@@ -17,7 +17,7 @@ from rodjax.integrate import saved_moments
 from rodjax.sweeps import table
 from rodjax.sweeps.blocks import Blocks, Status
 from rodjax.sweeps.grid import SEED, Axes, Grid, make_grid
-from rodjax.sweeps.lanes import RUN, Spec, begin
+from rodjax.sweeps.lanes import RUN, Spec
 from rodjax.sweeps.program import Frozen, fit
 from rodjax.sweeps.store import Store, check_same, settings_in
 from rodjax.trajectory import Metric
@@ -117,7 +117,7 @@ def sweep(
     ```
     """
     points, flows = make_grid(grid), dict(flows or {})
-    _check(dynamics, params, points, flows, start, lane_chunk)
+    _check(dynamics, params, points, flows, start, lane_chunk, dict(settings or {}))
     moments = saved_moments(steps, every)
     length = _length(moments, every, time_chunk)
     method = solving(solver, substeps, controller)
@@ -126,7 +126,6 @@ def sweep(
         dynamics, draw, tuple(flows.items()), start, every, tuple(metrics), keep, method
     )
     point = jax.tree.map(lambda x: x[0], points.points(0, 1))
-    _check_traces(spec, params, point)
     described = dict(settings or {}) | {
         "steps": steps,
         "start": start,
@@ -140,6 +139,8 @@ def sweep(
     chosen = tuple(jax.devices() if devices is None else devices)
     directory = None if out is None else Path(out)
     named = described | {
+        "jax": jax.__version__,
+        "devices": f"{len(chosen)} x {chosen[0].device_kind}",
         "controller": type(method.controller).__name__,
         "flows": list(flows),
         "zipped": [list(names) for names in points.dims],
@@ -185,11 +186,18 @@ def _check(
     flows: Mapping[str, Flow],
     start: int,
     lane_chunk: int | None,
+    settings: Mapping[str, Any],
 ) -> None:
     if start < 0:
         raise ValueError(f"start must be at least 0, got {start}")
     if lane_chunk is not None and lane_chunk < 1:
         raise ValueError(f"lane_chunk must be at least 1, got {lane_chunk}")
+    for name, value in settings.items():
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            raise ValueError(
+                f"settings: {name} must be a number or a string, as attributes of "
+                f"netCDF are, not {value!r}"
+            )
     if SEED in grid.values and not callable(params):
         raise ValueError(
             "grid has a seed, which draws initial parameters: give params as a "
@@ -213,19 +221,6 @@ def _length(moments: int, every: int, time_chunk: int | None) -> int:
             f"time_chunk must be a positive multiple of every={every}, got {time_chunk}"
         )
     return min(time_chunk // every, moments)
-
-
-def _check_traces(spec: Spec, params: PyTree, point: Any) -> None:
-    """Raise what dynamics, flows and metrics have to say before anything is run."""
-    try:
-        jax.eval_shape(lambda p, x: begin(spec, p, x), params, point)
-    except jax.errors.ConcretizationTypeError as error:
-        names = ", ".join(name for name in point if name != SEED)
-        raise ValueError(
-            f"grid: one of {names} is used for a decision in Python while the "
-            "optimizer is built, so it cannot differ from lane to lane: run one sweep "
-            "for each of its values"
-        ) from error
 
 
 def _digest(params: PyTree) -> str:
