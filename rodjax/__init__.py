@@ -21,7 +21,7 @@ from rodjax.plotting import plot
 from rodjax.results import dataset
 from rodjax.ringing import Ringing, ringing
 from rodjax.stability import coordinate_thresholds, threshold
-from rodjax.sweeps import sweep
+from rodjax.sweeps import plot_lanes, plot_sweep, sweep
 from rodjax.trajectory import Metric, Snapshot, Trajectory
 from rodjax.window import Window, alternating, half_step_midpoint, midpoint, warm_up
 
@@ -50,6 +50,8 @@ __all__ = [
     "integrate",
     "midpoint",
     "plot",
+    "plot_lanes",
+    "plot_sweep",
     "preconditioned_eigenpairs",
     "problems",
     "ringing",

@@ -2,7 +2,7 @@
 
 import ast
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from rodjax import flows, problems, transforms
 from rodjax.dynamics import Dynamics, OptimizerFactory
 from rodjax.eigen import DENSE
 from rodjax.flows import Flow
+from rodjax.flows.base import Seed
 
 PROBLEMS: Mapping[str, Callable[..., problems.Problem]] = {
     "digits-mlp": problems.digits_mlp,
@@ -51,6 +52,8 @@ FLOWS = (
     "principal",
     "covariance",
 )
+#: Flows whose oscillation has a least size.
+SEEDED = ("modulated", "edge", "covariance")
 
 
 def problem(name: str, dtype: Any) -> problems.Problem:
@@ -66,22 +69,31 @@ def optimizer(name: str, settings: Mapping[str, Any]) -> OptimizerFactory:
     **Raises** `ValueError` for a name that neither the table nor Optax has, and for a
     setting that its constructor does not take.
     """
-    build: Any = OPTIMIZERS.get(name)
-    if build is None:
-        build = getattr(optax, name, None) or getattr(optax.contrib, name, None)
-    function = getattr(build, "func", build)
-    if not inspect.isroutine(function) or "learning_rate" not in _parameters(build):
-        raise ValueError(
-            f"--optimizer {name}: choose from {', '.join(OPTIMIZERS)}, or name an "
-            "optimizer of Optax that takes a learning_rate"
-        )
-    known = _parameters(build) - {"learning_rate"}
-    for setting in settings:
-        if setting not in known:
-            raise ValueError(
-                f"--set {setting}=...: {name} takes {', '.join(sorted(known))}"
-            )
+    build = _constructor(name, "--set", settings)
     return lambda lr: build(learning_rate=lr, **settings)
+
+
+def optimizer_family(
+    name: str, settings: Mapping[str, Any], axes: Sequence[str]
+) -> OptimizerFactory:
+    """A function from the hyperparameters of a sweep to the named Optax optimizer.
+
+    It takes a dict of `lr`, of the other `axes`, which the optimizer's constructor has
+    too, and of what else the grid has.
+
+    **Raises** `ValueError` as `optimizer` does, and for an axis that the constructor
+    does not take or that `settings` fix.
+    """
+    build = _constructor(name, "--set", settings)
+    _constructor(name, "--axis", axes)
+    for axis in axes:
+        if axis in settings:
+            raise ValueError(f"--axis {axis}=...: --set fixes {axis}, give one of them")
+
+    def family(h: Mapping[str, Any]) -> optax.GradientTransformation:
+        return build(learning_rate=h["lr"], **{a: h[a] for a in axes}, **settings)
+
+    return family
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -95,11 +107,20 @@ def setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def flow(name: str, dynamics: Dynamics, *, size: int, rank: int, top: int) -> Flow:
+def flow(
+    name: str,
+    dynamics: Dynamics,
+    *,
+    size: int,
+    rank: int,
+    top: int,
+    seed: Seed = None,
+) -> Flow:
     """The named flow of `dynamics`, for a problem of `size` parameters.
 
     `rank` is that of the rod, `top` the directions of the central, covariance and
-    principal flow; the last is exact where the whole Hessian is small.
+    principal flow; the last is exact where the whole Hessian is small. `seed` is that
+    of the flows in `SEEDED`.
     """
     if name not in FLOWS:
         raise ValueError(f"--flows {name}: choose from {', '.join(FLOWS)}")
@@ -109,6 +130,8 @@ def flow(name: str, dynamics: Dynamics, *, size: int, rank: int, top: int) -> Fl
         "covariance": {"rank": top},
         "principal": {"top": None if size <= DENSE else top},
     }.get(name, {})
+    if name in SEEDED:
+        options["seed"] = seed
     return getattr(flows, name.replace("-", "_"))(dynamics, **options)
 
 
@@ -128,6 +151,26 @@ def solver(name: str) -> diffrax.AbstractSolver:
             f"--solver {name}: name an explicit diffrax solver, such as heun, euler, "
             "midpoint or tsit5"
         ) from None
+
+
+def _constructor(name: str, flag: str, given: Iterable[str]) -> Any:
+    """The named optimizer's, which must take what `flag` has given."""
+    build: Any = OPTIMIZERS.get(name)
+    if build is None:
+        build = getattr(optax, name, None) or getattr(optax.contrib, name, None)
+    function = getattr(build, "func", build)
+    if not inspect.isroutine(function) or "learning_rate" not in _parameters(build):
+        raise ValueError(
+            f"--optimizer {name}: choose from {', '.join(OPTIMIZERS)}, or name an "
+            "optimizer of Optax that takes a learning_rate"
+        )
+    known = _parameters(build) - {"learning_rate"}
+    for parameter in given:
+        if parameter not in known:
+            raise ValueError(
+                f"{flag} {parameter}=...: {name} takes {', '.join(sorted(known))}"
+            )
+    return build
 
 
 def _parameters(build: Callable[..., Any]) -> set[str]:

@@ -106,7 +106,7 @@ def sweep(
     >>> import jax.numpy as jnp, optax, rodjax as rj
     >>> sgd = rj.dynamics(optax.sgd, lambda w: 0.5 * jnp.sum(w**2))
     >>> flows = {"modulated": rj.flows.modulated(sgd)}
-    >>> grid = {"lr": [0.5, 1.0, 3.0], "seed": [0, 1]}
+    >>> grid = {"lr": [0.5, 1.0, 5.0], "seed": [0, 1]}
     >>> draw = lambda key: jax.random.normal(key, (2,))
     >>> data = rj.sweep(sgd, draw, 800, grid=grid, flows=flows, every=100)
     >>> dict(data.distance.sizes)

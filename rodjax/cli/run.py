@@ -1,4 +1,4 @@
-"""The command line: an optimizer beside its flows, as a table, files and a plot."""
+"""`rodjax run`: an optimizer beside its flows, as a table, files and a plot."""
 
 import json
 import math
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import optax
 import typer
 
 from rodjax import choices
+from rodjax.cli import shared
+from rodjax.cli.shared import cell, number
 from rodjax.compare import compare, last_finite
 from rodjax.curvature import edge_of_stability
 from rodjax.dynamics import dynamics as make_dynamics
@@ -33,43 +34,21 @@ COLUMNS = {
     "seconds": "seconds",
 }
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
 
-
-@app.callback()
-def about() -> None:
-    """Continuous-time models of optimizers at the edge of stability."""
-
-
-@app.command()
 def run(
-    problem: Annotated[
-        str, typer.Option(help=f"One of {', '.join(choices.PROBLEMS)}.")
-    ] = "digits-mlp",
-    optimizer: Annotated[
-        str,
-        typer.Option(help=f"One of {', '.join(choices.OPTIMIZERS)}, or Optax's name."),
-    ] = "gd",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="NAME=VALUE for the optimizer's constructor."),
-    ] = None,
+    problem: shared.ProblemName = "digits-mlp",
+    optimizer: shared.OptimizerName = "gd",
+    settings: shared.Settings = None,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.6,
-    steps: Annotated[int, typer.Option(help="Optimizer steps compared.")] = 420,
-    start: Annotated[int, typer.Option(help="Optimizer steps taken before.")] = 20,
-    flows: Annotated[
-        str, typer.Option(help=f"Comma-separated, of {', '.join(choices.FLOWS)}.")
-    ] = "stable,rod,modulated",
-    rank: Annotated[int, typer.Option(help="Rank of the rod.")] = 1,
-    top: Annotated[
-        int, typer.Option(help="Directions of central, covariance, principal.")
-    ] = 3,
-    substeps: Annotated[int, typer.Option(help="Solver steps per step.")] = 4,
-    solver: Annotated[str, typer.Option(help="An explicit diffrax solver.")] = "heun",
-    float64: Annotated[
-        bool, typer.Option("--float64/--float32", help="Precision.")
-    ] = True,
-    every: Annotated[int, typer.Option(help="Save every so many steps.")] = 1,
+    steps: shared.Steps = 420,
+    start: shared.Start = 20,
+    flows: shared.FlowNames = "stable,rod,modulated",
+    rank: shared.Rank = 1,
+    top: shared.Top = 3,
+    substeps: shared.Substeps = 4,
+    solver: shared.Solver = "heun",
+    float64: shared.Float64 = True,
+    every: shared.Every = 1,
     out: Annotated[Path, typer.Option(help="Directory written to.")] = Path(
         "rodjax-run"
     ),
@@ -78,40 +57,25 @@ def run(
     ] = False,
 ) -> None:
     """Run an optimizer and its flows on one problem, and compare them."""
-    # TF32 products are too coarse for flows, and this process is ours to configure.
-    jax.config.update("jax_enable_x64", float64)
-    jax.config.update("jax_default_matmul_precision", "highest")
-    names = [name.strip() for name in flows.split(",") if name.strip()]
-    try:
+    dtype = shared.configure(float64)
+    with shared.refusing("run"):
         if not (lr > 0 and math.isfinite(lr)):
             raise ValueError(f"--lr {lr}: it must be positive and finite")
-        for flag, value, least in (("--start", start, 0), ("--substeps", substeps, 1)):
-            if value < least:
-                raise ValueError(f"{flag} {value}: it must be at least {least}")
-        if every < 1 or steps < 1 or steps % every:
-            raise ValueError(
-                f"--steps {steps} must be a positive multiple of --every {every}"
-            )
+        shared.check_steps(start, steps, every, substeps)
         hyperparameters = dict(map(choices.setting, settings or []))
-        chosen = choices.problem(problem, "float64" if float64 else "float32")
+        chosen = choices.problem(problem, dtype)
         dynamics = make_dynamics(
             choices.optimizer(optimizer, hyperparameters), chosen.loss
         )
         edge = threshold(dynamics, chosen.params, lr=lr)
+        names = shared.flow_names(flows)
+        models = shared.build_flows(names, dynamics, chosen, rank=rank, top=top)
         # Traced here, so that what cannot work is refused before anything runs.
-        size = optax.tree.size(chosen.params)
-        models = {
-            name: choices.flow(name, dynamics, size=size, rank=rank, top=top)
-            for name in names
-        }
         window = jax.eval_shape(lambda: warm_up(dynamics, chosen.params, lr=lr))
         for model in models.values():
             jax.eval_shape(lambda w, m=model: m.init(w, lr, jax.random.key(0)), window)
         method = choices.solver(solver)
         _prepare(out, overwrite)
-    except (ValueError, TypeError, ImportError) as error:
-        typer.secho(f"rodjax run: {error}", err=True, fg="red")
-        raise typer.Exit(2) from None
 
     head: dict[str, Any] = {
         "problem": problem,
@@ -119,8 +83,8 @@ def run(
         "lr": lr,
         "steps": steps,
         "start": start,
-        "dtype": "float64" if float64 else "float32",
-        "threshold": _number(edge),
+        "dtype": dtype,
+        "threshold": number(edge),
     }
     attributes = head | {
         "settings": json.dumps(hyperparameters),
@@ -143,8 +107,8 @@ def run(
     meter.end()
     summary: dict[str, Any] = head | {
         "run": {
-            "final_loss": _number(last_finite(reference.metrics["loss"])),
-            "diverged_at": _number(reference.diverged_at),
+            "final_loss": number(last_finite(reference.metrics["loss"])),
+            "diverged_at": number(reference.diverged_at),
         },
         "flows": {},
     }
@@ -161,7 +125,7 @@ def run(
         row = compare(paths[name], reference).summary()
         row["seconds"] = time.perf_counter() - began
         summary["flows"][name] = {
-            key: _number(row[key]) for key in (*COLUMNS, "diverged_at")
+            key: number(row[key]) for key in (*COLUMNS, "diverged_at")
         }
         _write(out, summary, reference, paths, attributes)
     title = "{problem}, {optimizer}, lr {lr:g}, {dtype}".format(**summary)
@@ -184,6 +148,9 @@ class Meter:
 
     def __call__(self, step: Any, loss: Any) -> None:
         """Show that `step` is done, if something was not shown just now."""
+        if math.isnan(step):
+            # Nothing is left of a run that has diverged.
+            return
         done = int(step) - self.start
         if time.monotonic() - self.shown > 0.2 or done == self.steps:
             self.shown = time.monotonic()
@@ -228,12 +195,6 @@ def _write(
     (out / "result.nc.part").replace(out / "result.nc")
 
 
-def _number(value: Any) -> float | None:
-    """A JSON number, or null where there is none."""
-    value = float(value)
-    return value if math.isfinite(value) else None
-
-
 def _print(summary: dict[str, Any], out: Path) -> None:
     print(
         "{problem}, {optimizer}, lr {lr:g}, steps {start} + {steps}, {dtype}; "
@@ -244,8 +205,8 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     names = list(summary["flows"])
     print(" " * width + "".join(f"{name:>14}" for name in names))
     for key, label in COLUMNS.items():
-        cells = (summary["flows"][name][key] for name in names)
-        print(f"{label:{width}}" + "".join(f"{_cell(cell):>14}" for cell in cells))
+        cells = (cell(summary["flows"][name][key]) for name in names)
+        print(f"{label:{width}}" + "".join(f"{text:>14}" for text in cells))
     for name in names:
         if (step := summary["flows"][name]["diverged_at"]) is not None:
             print(f"{name} diverged at step {step:g}")
@@ -254,18 +215,5 @@ def _print(summary: dict[str, Any], out: Path) -> None:
 
 def _cells(row: dict[str, Any]) -> str:
     return ", ".join(
-        f"{key.replace('_', ' ')} {_cell(value)}" for key, value in row.items()
+        f"{key.replace('_', ' ')} {cell(value)}" for key, value in row.items()
     )
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.5g}"
-
-
-def main() -> None:
-    """Entry point of the command `rodjax`."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

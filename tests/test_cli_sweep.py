@@ -1,0 +1,171 @@
+"""`rodjax sweep`, run in this process as a user would call it."""
+
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+import xarray
+from typer.testing import CliRunner
+
+import rodjax as rj
+from rodjax import choices
+from rodjax.cli import app, axes
+
+FAST = ["--problem", "scalar-factorization", "--flows", "modulated", "--start", "2"]
+FAST += ["--steps", "8", "--every", "4"]
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    """The command configures its process; the tests share theirs."""
+    saved = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+    yield
+    jax.config.update("jax_enable_x64", saved[0])
+    jax.config.update("jax_default_matmul_precision", saved[1])
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["sweep", *map(str, arguments)])
+
+
+def result(out):
+    with xarray.open_dataset(out / "result.nc", engine="h5netcdf") as data:
+        return data.load()
+
+
+def test_files_table_and_resuming(tmp_path):
+    out = tmp_path / "deep" / "sweep"
+    arguments = [*FAST, "--flows", "stable,modulated", "--lr", "0.2,0.1,9", "--seeds"]
+    # The start of this problem is not drawn, so its seed is refused.
+    assert invoke(*arguments, 2, "--out", out).exit_code == 2
+    arguments = [*arguments[:-1], "--time-chunk", 4, "--out", out]
+    first = invoke(*arguments)
+    assert first.exit_code == 0, first.output
+    assert "going on from" not in first.stderr
+    assert "compiling" in first.stderr and "100% 2 alive, 1 diverged" in first.stderr
+    assert "\x1b" not in first.stderr
+    rows = [line.split() for line in first.stdout.splitlines()]
+    assert rows[1] == ["run", "stable", "modulated"]
+    assert [row[0] for row in rows[3:6]] == ["0.1", "0.2", "9"]
+    assert rows[5][1:] == ["1", "of", "1", "-", "-", "-", "-", "-"]
+    for name in ("lr.png", "lanes.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+    summary, data = json.loads((out / "summary.json").read_text()), result(out)
+    assert summary["problem"] == "scalar-factorization" and summary["steps"] == 8
+    assert summary["grid"] == {"lr": [0.2, 0.1, 9.0]} and summary["lanes"] == 3
+    assert summary["run"]["diverged"] == 1
+    for name in ("stable", "modulated"):
+        found = data.final_distance.sel(flow=name).values[:2]
+        assert summary["flows"][name]["final_distance"] == pytest.approx(found.mean())
+    assert data.attrs["optimizer"] == "gd" and data.attrs["dtype"] == "float64"
+    assert data.step.values.tolist() == [2, 6, 10]
+
+    again = invoke(*arguments)
+    assert again.exit_code == 0, again.output
+    assert f"going on from 30 of 30 steps in {out}" in again.stderr
+    assert again.stdout == first.stdout
+    xarray.testing.assert_identical(result(out), data)
+
+    changed = invoke(*arguments, "--top", 2)
+    assert changed.exit_code == 2
+    assert "top was 3, is now 2" in changed.stderr
+    xarray.testing.assert_identical(result(out), data)
+
+
+def test_axes_zip_and_seeds_reach_the_data(tmp_path):
+    arguments = [
+        *FAST, "--problem", "quadratic", "--optimizer", "heavy-ball",
+        "--lr", "0.1:0.4:3log", "--axis", "momentum=0.5:0.9:3",
+        "--axis", "seed_amplitude=1e-3,1e-2", "--zip", "lr,momentum", "--seeds", 2,
+    ]  # fmt: skip
+    found = invoke(*arguments, "--out", tmp_path)
+    assert found.exit_code == 0, found.output
+    data = result(tmp_path)
+    sizes = {"flow": 2, "lr": 3, "seed_amplitude": 2, "seed": 2}
+    assert dict(data.diverged_at.sizes) == sizes
+    np.testing.assert_allclose(data.lr, [0.1, 0.2, 0.4])
+    assert data.momentum.dims == ("lr",)
+    np.testing.assert_allclose(data.momentum, [0.5, 0.7, 0.9])
+    assert data.seed.values.tolist() == [0, 1]
+
+    problem = choices.problem("quadratic", "float64")
+    dynamics = rj.dynamics(
+        lambda h: optax.sgd(h["lr"], momentum=h["momentum"]), problem.loss
+    )
+    h = {name: float(data[name][1]) for name in ("lr", "momentum")}
+    window = rj.warm_up(dynamics, problem.draw(jax.random.key(1)), 2, lr=h)
+    run = rj.descend(dynamics, window, 8, lr=h, every=4)
+    lane = data.isel(lr=1, seed=1)
+    np.testing.assert_allclose(lane.loss.sel(flow="run")[0], run.metrics["loss"])
+    # The seed's amplitude reaches the flow and leaves the run alone.
+    loss = lane.mean_loss.isel(seed_amplitude=[0, 1])
+    assert loss.sel(flow="run").diff("seed_amplitude").max() == 0
+    assert loss.sel(flow="modulated").diff("seed_amplitude").max() > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.3", 0.3),
+        ("1e-2:1:3log", [0.01, 0.1, 1.0]),
+        ("0:1:3", [0.0, 0.5, 1.0]),
+        ("1:-1:3lin", [1.0, 0.0, -1.0]),
+        ("0.1, 3,2e-1", [0.1, 3.0, 0.2]),
+    ],
+)
+def test_values(text, expected):
+    found = axes.values("--lr", text)
+    assert np.shape(found) == np.shape(expected)
+    np.testing.assert_allclose(found, expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "0.1,", "1:2", "1:2:3:4", "1:2:1", "1:2:3cube", "0:1:3log"]
+)
+def test_malformed_values(text):
+    with pytest.raises(ValueError, match="--lr"):
+        axes.values("--lr", text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lr", "0.1:0.5"], "FROM:TO:COUNTlog"),
+        (["--lr", "0.1,-1"], "positive"),
+        (["--lr", "nan"], "positive"),
+        (["--axis", "momentum"], "NAME=VALUES"),
+        (["--axis", "b2=0.9,0.99"], "momentum"),
+        (["--axis", "lr=0.1"], "use --lr"),
+        (["--axis", "momentum=0.1", "--set", "momentum=0.2"], "--set"),
+        (["--axis", "momentum=0.1", "--axis", "momentum=0.2"], "twice"),
+        (["--axis", "seed_amplitude=1e-3,-1"], "at least 0"),
+        (["--axis", "seed_amplitude=1e-3", "--flows", "stable"], "modulated, edge"),
+        (["--seeds", "2", "--problem", "berthier"], "quadratic"),
+        (["--seeds", "0"], "--seeds 0"),
+        (["--zip", "lr,momentum"], "--zip lr,momentum"),
+        (["--zip", "lr"], "two axes"),
+        (["--lr", "1,2", "--axis", "momentum=0:0.9:3", "--zip", "lr,momentum"], "(3,)"),
+        (["--lanes", "0"], "lane_chunk"),
+        (["--time-chunk", "3"], "time_chunk"),
+        (["--steps", "7"], "--every 4"),
+        (["--flows", "centre"], "--flows centre"),
+        (["--solver", "rk5"], "tsit5"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(tmp_path, arguments, words):
+    out = tmp_path / "out"
+    found = invoke(*FAST, "--lr", "0.1,0.2", "--out", out, *arguments)
+    assert found.exit_code == 2
+    assert words in found.stderr
+    assert not out.exists()
+
+
+def test_results_of_another_command_are_kept(tmp_path):
+    (tmp_path / "summary.json").write_text("{}")
+    found = invoke(*FAST, "--out", tmp_path)
+    assert found.exit_code == 2
+    assert "summary.json" in found.stderr
+    assert (tmp_path / "summary.json").read_text() == "{}"
