@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--out", default="sweep.json")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", options.devices)
+    os.environ.setdefault("NPROC", str(2 * options.devices))
     jax.config.update("jax_enable_x64", options.float64)
     jax.config.update("jax_default_matmul_precision", "highest")
 

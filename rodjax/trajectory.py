@@ -167,7 +167,9 @@ class Recorder(NamedTuple):
             values |= named
             carries.append(following)
         if self.progress is not None:
-            jax.debug.callback(self.progress, seen.step, values["loss"])
+            # A lane that has diverged is still told apart from others by its step.
+            step = course.snapshot(place.state).step
+            jax.debug.callback(self.progress, step, values["loss"])
         ends = jax.vmap(self.project)(seen.ends)
         saved = Saved(self.project(seen.centre.params), ends, values)
         ok = jnp.isnan(place.diverged_at)

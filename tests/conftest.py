@@ -11,6 +11,8 @@ os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
 os.environ["MPLBACKEND"] = "agg"
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Started here, so that the command line's tests cannot give JAX other devices.
+jax.devices()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,9 +3,13 @@
 import functools
 import socket
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sweep_worker as worker
+
+from rodjax.sweeps.program import check_threads
 
 #: 15 lanes by 2 on each of 4 devices at a time, and in 4 chunks of time.
 WIDE, CHUNKS = ("--lane-chunk", 8), 8
@@ -90,3 +94,38 @@ def test_two_processes(tmp_path):
         "result.nc",
         "sweep.json",
     ]
+
+
+class Fake:
+    """A device of a CPU."""
+
+    platform, process_index = "cpu", 0
+
+
+@pytest.mark.parametrize(
+    ("devices", "nproc", "text", "refused"),
+    [
+        (2, "2", "custom_call @lapack_dsyevd_ffi", True),
+        (4, "2", "custom_call @lapack_dsyevd_ffi", True),
+        (2, "4", "custom_call @lapack_dsyevd_ffi", False),
+        (1, "1", "custom_call @lapack_dsyevd_ffi", False),
+        (4, "2", "dot_general", False),
+    ],
+)
+def test_what_would_wait_for_ever_is_refused(
+    monkeypatch, devices, nproc, text, refused
+):
+    """Found as a deadlock of two devices in LAPACK's batched dsyevd, on two cores."""
+    monkeypatch.setenv("NPROC", nproc)
+    given = (Fake(),) * devices
+    if refused:
+        with pytest.raises(ValueError, match="NPROC to twice the devices"):
+            check_threads(given, text)
+    else:
+        check_threads(given, text)
+
+
+def test_the_sharpness_is_found_with_lapack():
+    """By this name the refusal above knows it."""
+    program = jax.jit(jax.vmap(jnp.linalg.eigh)).lower(jnp.zeros((2, 3, 3)))
+    assert "lapack" in program.as_text()

@@ -148,9 +148,6 @@ class Meter:
 
     def __call__(self, step: Any, loss: Any) -> None:
         """Show that `step` is done, if something was not shown just now."""
-        if math.isnan(step):
-            # Nothing is left of a run that has diverged.
-            return
         done = int(step) - self.start
         if time.monotonic() - self.shown > 0.2 or done == self.steps:
             self.shown = time.monotonic()

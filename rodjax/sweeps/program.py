@@ -114,8 +114,10 @@ def build(
         jax.ShapeDtypeStruct((), jnp.bool, sharding=alike),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=alike),
     )
+    text = lowered.as_text()
+    check_threads(devices, text)
     compiled = lowered.compile()
-    digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    digest = hashlib.sha256(text.encode()).hexdigest()
     rows = lowered.out_info[1]
     return Program(compiled, places, rows, lanes, length, _bytes(compiled), digest)
 
@@ -148,6 +150,25 @@ def fit(
             length = max(1, min(int(length / excess), length - 1))
         else:
             return program
+
+
+def check_threads(devices: Devices, text: str) -> None:
+    """Raise `ValueError` where the program would wait for itself for ever.
+
+    LAPACK's batched functions hold a thread of XLA's pool for each CPU device while
+    they wait for others of the same pool.
+    """
+    mine = [d for d in devices if d.process_index == jax.process_index()]
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    threads = int(os.environ.get("NPROC", cores))
+    short = mine[1:] and mine[0].platform == "cpu" and len(mine) >= threads
+    if short and "lapack" in text:
+        raise ValueError(
+            f"{len(mine)} CPU devices and {threads} threads of XLA would wait for each "
+            "other for ever: set the environment variable NPROC to twice the devices "
+            "before JAX starts, or give fewer devices"
+        )
 
 
 def memory(devices: Devices) -> float:
