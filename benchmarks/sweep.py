@@ -6,6 +6,7 @@ Gradient descent and the modulated flow on the reference problem (digits MLP,
 - `rj.sweep`, one program for all lanes;
 - a Python loop over the learning rates of one jitted function of the same run, flow and
   comparison;
+- a Python loop that calls `rj.warm_up`, `descend`, `integrate` and `compare`;
 - a Python loop of plain Optax descent, jitted, without any flow or record.
 
 Wall times are warm, the best of several taken in turn; the first call's extra time is
@@ -70,13 +71,14 @@ def main() -> None:
             time_chunk=STEPS,
         )
 
-    @jax.jit
-    def single(lr):
+    def calls(lr):
         window = rj.warm_up(dynamics, problem.params, START, lr=lr)
         run = rj.descend(dynamics, window, STEPS, lr=lr)
         path = rj.integrate(flow, window, STEPS, lr=lr, substeps=SUBSTEPS)
         found = rj.compare(path, run)
         return found.distance, found.flow, found.run
+
+    single = jax.jit(calls)
 
     @jax.jit
     def optax_alone(lr):
@@ -101,7 +103,12 @@ def main() -> None:
         return built[-1]
 
     program.build = watched
-    ways = {"sweep": sweep, "loop": over(single), "Optax loop": over(optax_alone)}
+    ways = {
+        "sweep": sweep,
+        "loop": over(single),
+        "loop of calls": over(calls),
+        "Optax loop": over(optax_alone),
+    }
     first = {name: seconds(run) for name, run in ways.items()}
     warm = {name: float("inf") for name in ways}
     for _ in range(REPEATS):
@@ -129,11 +136,11 @@ def main() -> None:
         "largest difference": float(np.nanmax(np.abs(compared - alone))),
     }
     print(f"{results['lanes']} lanes on {results['devices']} x {results['device']}")
-    print(f"{'':12}{'warm s':>10}{'compile s':>12}{'/ sweep':>10}")
+    print(f"{'':14}{'warm s':>10}{'compile s':>12}{'/ sweep':>10}")
     for name in ways:
         ratio = warm[name] / warm["sweep"]
         print(
-            f"{name:12}{warm[name]:10.3f}{results['compilation'][name]:12.2f}"
+            f"{name:14}{warm[name]:10.3f}{results['compilation'][name]:12.2f}"
             f"{ratio:10.2f}"
         )
     for name, value in list(results.items())[6:]:

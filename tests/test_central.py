@@ -209,6 +209,7 @@ def test_starts_at_the_moments_the_next_step_divides_by():
     np.testing.assert_allclose(ravel_pytree(y.mean.slow)[0], expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_lanes_with_and_without_an_edge_share_a_program():
     problem = rj.problems.digits_mlp(40, widths=(8,), dtype="float32")
     dynamics = rj.dynamics(optax.sgd, problem.loss)

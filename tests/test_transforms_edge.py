@@ -126,6 +126,7 @@ def test_settles_at_the_edge_without_oscillating_on_progressive_sharpening():
     np.testing.assert_allclose(ratio, 1.0, atol=0.02)
 
 
+@pytest.mark.slow
 def test_smooths_the_digits_at_the_edge():
     problem, lr = rj.problems.digits_mlp(), 0.6
     usual = usual_losses(problem.loss, problem.params, lr, 450)
