@@ -20,3 +20,12 @@ def forget_compiled_programs():
     """All modules' programs together exhaust the memory that the compiler maps."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def own_configuration():
+    """The command configures its process; the tests share theirs."""
+    saved = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+    yield
+    jax.config.update("jax_enable_x64", saved[0])
+    jax.config.update("jax_default_matmul_precision", saved[1])

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 import xarray
@@ -24,13 +23,7 @@ FLOW_KEYS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def settings():
-    """The command configures its process; the tests share theirs."""
-    saved = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
-    yield
-    jax.config.update("jax_enable_x64", saved[0])
-    jax.config.update("jax_default_matmul_precision", saved[1])
+pytestmark = pytest.mark.usefixtures("own_configuration")
 
 
 def invoke(*arguments):

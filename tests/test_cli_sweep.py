@@ -17,13 +17,7 @@ FAST = ["--problem", "scalar-factorization", "--flows", "modulated", "--start", 
 FAST += ["--steps", "8", "--every", "4"]
 
 
-@pytest.fixture(autouse=True)
-def settings():
-    """The command configures its process; the tests share theirs."""
-    saved = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
-    yield
-    jax.config.update("jax_enable_x64", saved[0])
-    jax.config.update("jax_default_matmul_precision", saved[1])
+pytestmark = pytest.mark.usefixtures("own_configuration")
 
 
 def invoke(*arguments):

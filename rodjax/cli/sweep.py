@@ -17,6 +17,7 @@ from rodjax.curvature import edge_of_stability
 from rodjax.dynamics import dynamics as make_dynamics
 from rodjax.sweeps.grid import SEED, make_grid
 from rodjax.sweeps.plots import plot_lanes, plot_sweep
+from rodjax.sweeps.program import cores
 from rodjax.sweeps.store import settings_in
 
 if TYPE_CHECKING:
@@ -161,10 +162,7 @@ def _use_cores(lanes: int) -> None:
     forced = "xla_force_host_platform_device_count" in flags
     if forced or config.jax_num_cpu_devices > 0:
         return
-    # A container or a batch system may leave this process only some of them.
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    devices = min(cores, lanes)
+    devices = min(cores(), lanes)
     try:
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError:

@@ -152,6 +152,12 @@ def fit(
             return program
 
 
+def cores() -> int:
+    """Those that a container or a batch system leaves this process."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def check_threads(devices: Devices, text: str) -> None:
     """Raise `ValueError` where the program would wait for itself for ever.
 
@@ -159,9 +165,7 @@ def check_threads(devices: Devices, text: str) -> None:
     they wait for others of the same pool.
     """
     mine = [d for d in devices if d.process_index == jax.process_index()]
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    threads = int(os.environ.get("NPROC", cores))
+    threads = int(os.environ.get("NPROC", cores()))
     short = mine[1:] and mine[0].platform == "cpu" and len(mine) >= threads
     if short and "lapack" in text:
         raise ValueError(
