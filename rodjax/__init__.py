@@ -22,7 +22,7 @@ from rodjax.results import dataset
 from rodjax.ringing import Ringing, ringing
 from rodjax.stability import coordinate_thresholds, threshold
 from rodjax.sweeps import plot_lanes, plot_sweep, sweep
-from rodjax.trajectory import Metric, Snapshot, Trajectory
+from rodjax.trajectory import Metric, Snapshot, Trajectory, monitor
 from rodjax.window import Window, alternating, half_step_midpoint, midpoint, warm_up
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "hvp",
     "integrate",
     "midpoint",
+    "monitor",
     "plot",
     "plot_lanes",
     "plot_sweep",

@@ -4,7 +4,7 @@ import ast
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax
 import optax
@@ -15,52 +15,139 @@ from rodjax.eigen import DENSE
 from rodjax.flows import Flow
 from rodjax.flows.base import Seed
 
-PROBLEMS: Mapping[str, Callable[..., problems.Problem]] = {
-    "digits-mlp": problems.digits_mlp,
-    "quadratic": partial(problems.quadratic, (1.0, 0.3, 0.1, 0.03), seed=0),
-    "quartic-well": partial(problems.quartic_well, start=0.1),
+
+class Choice(NamedTuple):
+    """What a name stands for: its constructor, and a line that says what it is."""
+
+    build: Callable[..., Any]
+    line: str
+
+
+def _fit(
+    network: Callable[..., problems.Problem],
+    data: Callable[..., problems.Data],
+    line: str,
+) -> Choice:
+    """A network on data, each of which takes the settings that it knows."""
+    given = {k: p for k, p in _parameters(data).items() if k != "dtype"}
+    own = {k: p for k, p in _parameters(network).items() if k not in ("data", *given)}
+
+    def build(*, dtype: Any, **settings: Any) -> problems.Problem:
+        of_data = {name: settings.pop(name) for name in given if name in settings}
+        return network(data(dtype=dtype, **of_data), **settings)
+
+    # For whoever looks up what it takes.
+    named = [*given.values(), *own.values(), _parameters(data)["dtype"]]
+    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in named]
+    build.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    return Choice(build, line)
+
+
+def _parameters(build: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(build).parameters
+
+
+_digits = partial(problems.digits, n=100)
+_clusters = partial(problems.clusters, n=100)
+
+PROBLEMS: Mapping[str, Choice] = {
+    "digits-mlp": Choice(
+        problems.digits_mlp, "the reference problem: an MLP on scikit-learn's digits"
+    ),
+    "digits-cnn": _fit(problems.cnn, _digits, "two convolutions on the digits"),
+    "digits-vit": _fit(problems.vit, _digits, "a vision transformer on the digits"),
+    "clusters-mlp": _fit(problems.mlp, _clusters, "an MLP on synthetic clusters"),
+    "cifar10-mlp": _fit(
+        problems.mlp, problems.cifar10, "an MLP on CIFAR-10, read from your path"
+    ),
+    "cifar10-cnn": _fit(
+        problems.cnn, problems.cifar10, "convolutions on CIFAR-10, from your path"
+    ),
+    "cifar10-vit": _fit(
+        problems.vit, problems.cifar10, "a vision transformer on CIFAR-10, likewise"
+    ),
+    "sorting": Choice(problems.sorting, "a transformer that learns to sort"),
+    "quadratic": Choice(
+        partial(problems.quadratic, (1.0, 0.3, 0.1, 0.03), seed=0),
+        "a quadratic with a given spectrum",
+    ),
+    "quartic-well": Choice(
+        partial(problems.quartic_well, start=0.1),
+        "one parameter that oscillates at the edge for ever",
+    ),
     # Far below the edge the oscillation would die out to exactly zero.
-    "berthier": partial(problems.berthier, start=(0.1, 6.5)),
-    "factorization": partial(problems.factorization, (4, 4, 4), (2.0, 1.0, 0.5, 0.2)),
-    "banana": problems.banana,
-    "cosine": problems.cosine,
-    "scalar-factorization": problems.scalar_factorization,
+    "berthier": Choice(
+        partial(problems.berthier, start=(0.1, 6.5)),
+        "progressive sharpening in two parameters",
+    ),
+    "factorization": Choice(
+        partial(problems.factorization, (4, 4, 4), (2.0, 1.0, 0.5, 0.2)),
+        "a deep linear network of known singular values",
+    ),
+    "banana": Choice(problems.banana, "a curved valley"),
+    "cosine": Choice(problems.cosine, "one parameter on a cosine"),
+    "scalar-factorization": Choice(
+        problems.scalar_factorization, "a number as a product of two"
+    ),
 }
 
 # The nine optimizers of the rod-flow papers; any other name is looked up in Optax.
-OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
-    "gd": optax.sgd,
-    "heavy-ball": partial(optax.sgd, momentum=0.9),
-    "nesterov": partial(optax.sgd, momentum=0.9, nesterov=True),
-    "rmsprop": optax.rmsprop,
-    "scalar-rmsprop": transforms.scalar_rmsprop,
-    "adam": optax.adam,
-    "scalar-adam": transforms.scalar_adam,
-    "nadam": optax.nadam,
-    "scalar-nadam": transforms.scalar_nadam,
+OPTIMIZERS: Mapping[str, Choice] = {
+    "gd": Choice(optax.sgd, "gradient descent"),
+    "heavy-ball": Choice(
+        partial(optax.sgd, momentum=0.9), "gradient descent with momentum"
+    ),
+    "nesterov": Choice(
+        partial(optax.sgd, momentum=0.9, nesterov=True), "with Nesterov's momentum"
+    ),
+    "rmsprop": Choice(optax.rmsprop, "gradients over their root mean square"),
+    "scalar-rmsprop": Choice(
+        transforms.scalar_rmsprop, "RMSProp with one second moment for all"
+    ),
+    "adam": Choice(optax.adam, "RMSProp with momentum and bias correction"),
+    "scalar-adam": Choice(
+        transforms.scalar_adam, "Adam with one second moment for all"
+    ),
+    "nadam": Choice(optax.nadam, "Adam with Nesterov's momentum"),
+    "scalar-nadam": Choice(
+        transforms.scalar_nadam, "NAdam with one second moment for all"
+    ),
 }
 
-FLOWS = (
-    "stable",
-    "rod",
-    "modulated",
-    "edge",
-    "central",
-    "gradient",
-    "igr",
-    "third-order",
-    "principal",
-    "covariance",
-)
+FLOWS: Mapping[str, str] = {
+    "stable": "the naive limit of small steps of any optimizer: the baseline",
+    "rod": "centre and extent of the rod between iterates, or of --rank rods",
+    "modulated": "a smooth centre and a smooth alternating part, of any optimizer",
+    "edge": "centre, unit direction and radius of one oscillation",
+    "central": "the time average, held at the edge by a covariance; GD, RMSProp",
+    "gradient": "gradient flow; GD",
+    "igr": "with implicit gradient regularization; GD",
+    "third-order": "one order more; GD",
+    "principal": "GD's own rate along every eigenvector; GD",
+    "covariance": "gradient descent on the free energy; GD",
+}
 #: Flows whose oscillation has a least size.
 SEEDED = ("modulated", "edge", "covariance")
 
 
-def problem(name: str, dtype: Any) -> problems.Problem:
-    """The named problem. Raises `ValueError` for an unknown one."""
+def problem(
+    name: str, dtype: Any, settings: Mapping[str, Any] | None = None
+) -> problems.Problem:
+    """The named problem.
+
+    **Raises** `ValueError` for an unknown name, for a setting that its constructor does
+    not take, and for one that it needs and is not given.
+    """
+    settings = settings or {}
     if name not in PROBLEMS:
         raise ValueError(f"--problem {name}: choose from {', '.join(PROBLEMS)}")
-    return PROBLEMS[name](dtype=dtype)
+    build = PROBLEMS[name].build
+    known = {k: p for k, p in _parameters(build).items() if k != "dtype"}
+    _check_known(name, "--problem-set", settings, known)
+    for parameter, described in known.items():
+        if described.default is inspect.Parameter.empty and parameter not in settings:
+            raise ValueError(f"--problem {name}: give it --problem-set {parameter}=...")
+    return build(dtype=dtype, **settings)
 
 
 def optimizer(name: str, settings: Mapping[str, Any]) -> OptimizerFactory:
@@ -96,11 +183,13 @@ def optimizer_family(
     return family
 
 
-def setting(text: str) -> tuple[str, Any]:
+def setting(
+    text: str, flag: str = "--set", example: str = "b2=0.99"
+) -> tuple[str, Any]:
     """Parse NAME=VALUE, the value a Python literal or else a string."""
     name, equals, value = text.partition("=")
     if not (name.isidentifier() and equals and value):
-        raise ValueError(f"--set {text}: write NAME=VALUE, such as b2=0.99")
+        raise ValueError(f"{flag} {text}: write NAME=VALUE, such as {example}")
     try:
         return name, ast.literal_eval(value.capitalize() if value.isalpha() else value)
     except (ValueError, SyntaxError):
@@ -155,7 +244,7 @@ def solver(name: str) -> diffrax.AbstractSolver:
 
 def _constructor(name: str, flag: str, given: Iterable[str]) -> Any:
     """The named optimizer's, which must take what `flag` has given."""
-    build: Any = OPTIMIZERS.get(name)
+    build: Any = OPTIMIZERS[name].build if name in OPTIMIZERS else None
     if build is None:
         build = getattr(optax, name, None) or getattr(optax.contrib, name, None)
     function = getattr(build, "func", build)
@@ -164,14 +253,16 @@ def _constructor(name: str, flag: str, given: Iterable[str]) -> Any:
             f"--optimizer {name}: choose from {', '.join(OPTIMIZERS)}, or name an "
             "optimizer of Optax that takes a learning_rate"
         )
-    known = _parameters(build) - {"learning_rate"}
+    _check_known(name, flag, given, set(_parameters(build)) - {"learning_rate"})
+    return build
+
+
+def _check_known(
+    name: str, flag: str, given: Iterable[str], known: Iterable[str]
+) -> None:
+    """Raise `ValueError` for what `flag` gives and `name` does not take."""
     for parameter in given:
         if parameter not in known:
             raise ValueError(
                 f"{flag} {parameter}=...: {name} takes {', '.join(sorted(known))}"
             )
-    return build
-
-
-def _parameters(build: Callable[..., Any]) -> set[str]:
-    return set(inspect.signature(build).parameters)

@@ -1,6 +1,6 @@
 """What a run of an optimizer and a solution of a flow have in common."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -198,6 +198,42 @@ class Recorder(NamedTuple):
         return (losses(self.loss), *self.metrics)
 
 
+#: Names of what is recorded along every trajectory.
+LOSSES: tuple[str, ...] = ("loss", "mean_loss", "amplitude")
+
+
+def monitor(functions: Mapping[str, Callable[[PyTree], Float[Array, ""]]]) -> Metric:
+    """Functions of the parameters, recorded at the centre, such as an accuracy.
+
+    **Arguments**
+
+    - `functions`: name -> function of the parameters to a scalar, such as the `metrics`
+      of a problem.
+
+    **Raises** `ValueError` for a name of what is recorded anyway.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(0.5), lambda w: 0.5 * jnp.sum(w**2))
+    >>> size = rj.monitor({"size": lambda w: jnp.max(jnp.abs(w))})
+    >>> run = rj.descend(sgd, jnp.ones(2), 3, metrics=[size])
+    >>> [round(float(x), 3) for x in run.metrics["size"]]  # at the midpoints
+    [1.0, 0.562, 0.281, 0.141]
+
+    ```
+    """
+    functions = dict(functions)
+    for name in LOSSES:
+        if name in functions:
+            raise ValueError(f"functions has {name!r}, which is recorded anyway")
+
+    def update(snapshot, carry, lr):
+        params = snapshot.centre.params
+        return {name: f(params) for name, f in functions.items()}, carry
+
+    return Metric(lambda snapshot, lr: (), update)
+
+
 def losses(loss: Loss) -> Metric:
     """`loss` at the centre, `mean_loss` over the ends, and `amplitude`.
 
@@ -205,11 +241,8 @@ def losses(loss: Loss) -> Metric:
     """
 
     def update(snapshot, carry, lr):
-        values = {
-            "loss": loss(snapshot.centre.params),
-            "mean_loss": jnp.mean(jax.vmap(loss)(snapshot.ends)),
-            "amplitude": snapshot.amplitude,
-        }
-        return values, carry
+        mean = jnp.mean(jax.vmap(loss)(snapshot.ends))
+        values = loss(snapshot.centre.params), mean, snapshot.amplitude
+        return dict(zip(LOSSES, values, strict=True)), carry
 
     return Metric(lambda snapshot, lr: (), update)

@@ -105,6 +105,11 @@ def test_a_diverging_run_is_reported(tmp_path):
         (["--flows", "central", "--top", "0"], "top must be at least 1"),
         (["--flows", "central", "--optimizer", "adam"], "rodjax.flows.stable"),
         (["--flows", "principal", "--optimizer", "rmsprop"], "rodjax.flows.stable"),
+        (["--problem-set", "widths=3"], "scalar-factorization takes start, target"),
+        (["--problem-set", "start"], "--problem-set start: write NAME=VALUE"),
+        (["--problem", "digits-cnn", "--problem-set", "n=0"], "n=0"),
+        (["--problem", "cifar10-cnn"], "--problem-set path=..."),
+        (["--problem", "cifar10-mlp", "--problem-set", "path=nowhere"], "nowhere"),
         (["--solver", "rk5"], "tsit5"),
         (["--lr", "-1"], "--lr"),
         (["--lr", "nan"], "--lr"),
@@ -146,13 +151,58 @@ def test_flows_run_and_report(tmp_path, names):
         assert np.isfinite(data.loss.values).all()
 
 
-@pytest.mark.parametrize("name", [n for n in choices.PROBLEMS if n != "digits-mlp"])
-def test_every_toy_runs(tmp_path, name):
+TOYS = ("quadratic", "quartic-well", "berthier", "factorization", "banana", "cosine")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [(name, []) for name in TOYS]
+    + [("digits-cnn", ["n=10", "channels=(2,)"]), ("clusters-mlp", ["widths=(3,)"])],
+)
+def test_problems_run(tmp_path, name, settings):
+    given = [word for setting in settings for word in ("--problem-set", setting)]
     result = invoke(
         "--problem", name, "--lr", 0.1, "--start", 0, "--steps", 2,
-        "--flows", "stable", "--out", tmp_path,
+        "--flows", "stable", "--out", tmp_path, *given,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    # Networks report their accuracy.
+    for row in (summary["run"], summary["flows"]["stable"]):
+        assert ("final_accuracy" in row) == bool(settings)
+        assert 0 <= row.get("final_accuracy", 0) <= 1
+    assert ("final accuracy" in result.stdout) == bool(settings)
+
+
+@pytest.mark.parametrize("name", [n for n in choices.PROBLEMS if "cifar10" not in n])
+def test_every_named_problem_builds(name):
+    problem = choices.problem(name, "float32")
+    assert np.isfinite(problem.loss(problem.params))
+
+
+def test_cifar10_by_path(tmp_path):
+    records = np.random.default_rng(0).integers(0, 256, (6, 3073), np.uint8)
+    records[:, 0] = np.arange(6)
+    (tmp_path / "data_batch_1.bin").write_bytes(records.tobytes())
+    settings = {
+        "path": str(tmp_path),
+        "n": 5,
+        "widths": (3,),
+        "classes": (0, 1, 2, 3, 4),
+    }
+    problem = choices.problem("cifar10-mlp", "float32", settings)
+    assert problem.params["layers"][0]["kernel"].shape == (3072, 3)
+    assert problem.params["layers"][2]["kernel"].shape == (3, 5)
+
+
+def test_list_has_a_line_for_everything():
+    result = CliRunner().invoke(app, ["list"])
+    assert result.exit_code == 0
+    lines = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+    names = [line[0] for line in lines if len(line) == 2]
+    for name in (*choices.PROBLEMS, *choices.OPTIMIZERS, *choices.FLOWS):
+        assert names.count(name) == 1
+    assert max(map(len, result.stdout.splitlines())) < 90
 
 
 @pytest.mark.parametrize("name", choices.OPTIMIZERS)

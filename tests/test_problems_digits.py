@@ -36,8 +36,10 @@ def raw_digits(n, skip):
 @pytest.mark.parametrize("skip", [0, 1747])
 def test_digits_normalisation(skip):
     inputs, targets = digits(50, skip=skip)
+    images, inputs = inputs, inputs.reshape(50, 64)
+    assert float(images[3, 1, 2, 0]) == float(inputs[3, 10])
     raw, labels = raw_digits(50, skip)
-    assert inputs.shape == (50, 64) and targets.shape == (50, 10)
+    assert images.shape == (50, 8, 8, 1) and targets.shape == (50, 10)
     np.testing.assert_allclose(inputs.mean(axis=0), 0, atol=1e-6)
     np.testing.assert_allclose(
         inputs, (raw - raw.mean(axis=0)) / np.std(raw), atol=1e-6
@@ -58,7 +60,7 @@ def forward(params, x, activation):
 @pytest.mark.parametrize("activation", ["tanh", jnp.tanh])
 def test_mlp_losses_match_numpy(activation):
     make = partial(digits_mlp, 30, widths=(8, 6), activation=activation, skip=5)
-    inputs, targets = (np.asarray(a) for a in digits(30, skip=5))
+    inputs, targets = (np.asarray(a).reshape(30, -1) for a in digits(30, skip=5))
     mse, entropy = make(loss="mse"), make(loss="cross-entropy")
     outputs = forward(mse.params, inputs, np.tanh)
     np.testing.assert_allclose(

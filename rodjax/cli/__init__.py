@@ -2,12 +2,14 @@
 
 import typer
 
+from rodjax.cli.listing import listing
 from rodjax.cli.run import run
 from rodjax.cli.sweep import sweep
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command()(run)
 app.command()(sweep)
+app.command("list")(listing)
 
 
 @app.callback()

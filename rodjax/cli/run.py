@@ -14,10 +14,10 @@ from rodjax import choices
 from rodjax.cli import shared
 from rodjax.cli.shared import cell, number
 from rodjax.compare import compare, last_finite
-from rodjax.curvature import edge_of_stability
 from rodjax.dynamics import dynamics as make_dynamics
 from rodjax.integrate import descend, integrate
 from rodjax.plotting import plot
+from rodjax.problems import Problem
 from rodjax.results import dataset
 from rodjax.stability import threshold
 from rodjax.trajectory import Trajectory
@@ -37,6 +37,7 @@ COLUMNS = {
 
 def run(
     problem: shared.ProblemName = "digits-mlp",
+    problem_settings: shared.ProblemSettings = None,
     optimizer: shared.OptimizerName = "gd",
     settings: shared.Settings = None,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.6,
@@ -63,7 +64,7 @@ def run(
             raise ValueError(f"--lr {lr}: it must be positive and finite")
         shared.check_steps(start, steps, every, substeps)
         hyperparameters = dict(map(choices.setting, settings or []))
-        chosen = choices.problem(problem, dtype)
+        chosen = shared.problem(problem, dtype, problem_settings)
         dynamics = make_dynamics(
             choices.optimizer(optimizer, hyperparameters), chosen.loss
         )
@@ -87,6 +88,7 @@ def run(
         "threshold": number(edge),
     }
     attributes = head | {
+        "problem_settings": json.dumps(problem_settings or []),
         "settings": json.dumps(hyperparameters),
         "rank": rank,
         "top": top,
@@ -98,7 +100,7 @@ def run(
     common: dict[str, Any] = {
         "lr": lr,
         "every": every,
-        "metrics": (edge_of_stability(dynamics),),
+        "metrics": shared.metrics(dynamics, chosen),
         "progress": meter,
     }
     meter.begin(optimizer)
@@ -108,6 +110,7 @@ def run(
     summary: dict[str, Any] = head | {
         "run": {
             "final_loss": number(last_finite(reference.metrics["loss"])),
+            **_own(chosen, reference),
             "diverged_at": number(reference.diverged_at),
         },
         "flows": {},
@@ -126,7 +129,7 @@ def run(
         row["seconds"] = time.perf_counter() - began
         summary["flows"][name] = {
             key: number(row[key]) for key in (*COLUMNS, "diverged_at")
-        }
+        } | _own(chosen, paths[name])
         _write(out, summary, reference, paths, attributes)
     title = "{problem}, {optimizer}, lr {lr:g}, {dtype}".format(**summary)
     plot(reference, paths, title).savefig(out / "plot.png", dpi=120)
@@ -160,6 +163,14 @@ class Meter:
         """Wait for the last step to be shown and end the line."""
         jax.effects_barrier()
         sys.stderr.write("\n")
+
+
+def _own(problem: Problem, path: Trajectory) -> dict[str, float | None]:
+    """The last values of the problem's own metrics."""
+    return {
+        f"final_{name}": number(last_finite(path.metrics[name]))
+        for name in problem.metrics
+    }
 
 
 def _prepare(out: Path, overwrite: bool) -> None:
@@ -201,7 +212,9 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     width = max(map(len, COLUMNS.values()))
     names = list(summary["flows"])
     print(" " * width + "".join(f"{name:>14}" for name in names))
-    for key, label in COLUMNS.items():
+    more = [key for key in summary["run"] if key not in (*COLUMNS, "diverged_at")]
+    labels = COLUMNS | {key: key.replace("_", " ") for key in more}
+    for key, label in labels.items():
         cells = (cell(summary["flows"][name][key]) for name in names)
         print(f"{label:{width}}" + "".join(f"{text:>14}" for text in cells))
     for name in names:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import jax
@@ -10,13 +11,19 @@ import optax
 import typer
 
 from rodjax import choices
+from rodjax.curvature import edge_of_stability
 from rodjax.dynamics import Dynamics
 from rodjax.flows import Flow
 from rodjax.flows.base import Seed
 from rodjax.problems import Problem
+from rodjax.trajectory import Metric, monitor
 
 ProblemName = Annotated[
-    str, typer.Option(help=f"One of {', '.join(choices.PROBLEMS)}.")
+    str, typer.Option(help=f"One of {', '.join(choices.PROBLEMS)}; see rodjax list.")
+]
+ProblemSettings = Annotated[
+    list[str] | None,
+    typer.Option("--problem-set", help="NAME=VALUE for the problem, such as n=200."),
 ]
 OptimizerName = Annotated[
     str,
@@ -54,11 +61,22 @@ def refusing(
     """Print what is wrong with the options and exit; `unless` it is not about them."""
     try:
         yield
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
         if unless():
             raise
         typer.secho(f"rodjax {command}: {error}", err=True, fg="red")
         raise typer.Exit(2) from None
+
+
+def problem(name: str, dtype: str, settings: list[str] | None) -> Problem:
+    """The named problem, of the settings NAME=VALUE."""
+    parse = partial(choices.setting, flag="--problem-set", example="n=200")
+    return choices.problem(name, dtype, dict(map(parse, settings or [])))
+
+
+def metrics(dynamics: Dynamics, problem: Problem) -> tuple[Metric, ...]:
+    """What the commands record: where the sharpness stands, and the problem's own."""
+    return edge_of_stability(dynamics), monitor(problem.metrics)
 
 
 def check_steps(start: int, steps: int, every: int, substeps: int) -> None:

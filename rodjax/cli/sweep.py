@@ -13,7 +13,6 @@ import rodjax.sweeps as sweeps
 from rodjax import choices
 from rodjax.cli import axes, report, shared
 from rodjax.cli.progress import Bar
-from rodjax.curvature import edge_of_stability
 from rodjax.dynamics import dynamics as make_dynamics
 from rodjax.sweeps.grid import SEED, make_grid
 from rodjax.sweeps.plots import plot_lanes, plot_sweep
@@ -28,6 +27,7 @@ FILES = ("summary.json", "result.nc", "lr.png", "lanes.png")
 
 def sweep(
     problem: shared.ProblemName = "digits-mlp",
+    problem_settings: shared.ProblemSettings = None,
     optimizer: shared.OptimizerName = "gd",
     settings: shared.Settings = None,
     lr: Annotated[
@@ -93,11 +93,11 @@ def sweep(
         else:
             _use_cores(points.lanes)
         hyperparameters = dict(map(choices.setting, settings or []))
-        chosen = choices.problem(problem, dtype)
+        chosen = shared.problem(problem, dtype, problem_settings)
         if SEED in points.values and chosen.draw is None:
             raise ValueError(
-                f"--seeds: the start of {problem} is not drawn; choose from "
-                f"{', '.join(_drawn(dtype))}"
+                f"--seeds: the start of {problem} is not drawn; choose a network, "
+                "quadratic or factorization"
             )
         names, wanted = set(points.values), shared.flow_names(flows)
         amplitude = axes.AMPLITUDE in names
@@ -127,6 +127,7 @@ def sweep(
         head: dict[str, Any] = {
             "problem": problem,
             "optimizer": optimizer,
+            "problem_settings": json.dumps(problem_settings or []),
             "settings": json.dumps(hyperparameters),
             "dtype": dtype,
             "rank": rank,
@@ -141,7 +142,7 @@ def sweep(
                 flows=models,
                 start=start,
                 every=every,
-                metrics=(edge_of_stability(dynamics),),
+                metrics=shared.metrics(dynamics, chosen),
                 solver=method,
                 substeps=substeps,
                 lane_chunk=lanes,
@@ -172,15 +173,6 @@ def _use_cores(lanes: int) -> None:
     os.environ.setdefault("NPROC", str(2 * devices))
 
 
-def _drawn(dtype: str) -> list[str]:
-    """The problems whose start can be drawn."""
-    return [
-        name
-        for name in choices.PROBLEMS
-        if choices.problem(name, dtype).draw is not None
-    ]
-
-
 def _check(out: Path) -> None:
     """Refuse a directory that holds results of another command."""
     found = [name for name in FILES if (out / name).exists()]
@@ -191,7 +183,8 @@ def _check(out: Path) -> None:
 
 
 def _report(data: "xarray.Dataset", out: Path) -> None:
-    keys = ("problem", "optimizer", "settings", "dtype", "steps", "start", "every")
+    of_problem = ("problem", "problem_settings", "optimizer", "settings")
+    keys = (*of_problem, "dtype", "steps", "start", "every")
     summary = report.summarize(data, {key: _plain(data.attrs[key]) for key in keys})
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     title = "{problem}, {optimizer}, {lanes} lanes, steps {start} + {steps}, {dtype}"

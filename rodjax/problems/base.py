@@ -1,12 +1,33 @@
 """What a training problem is: a name, a loss and the parameters to start from."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Shaped
+
+
+class Data(NamedTuple):
+    """Samples to fit: n inputs and their targets.
+
+    Attributes:
+        inputs: ``[n, ...]``: images ``[n, height, width, channels]``, tokens ``[n,
+            length]``, or whatever the model takes.
+        targets: ``[n, ..., classes]``, one-hot; their dtype is that of the training.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> data = Data(jnp.zeros((20, 8, 8, 1)), jnp.eye(10)[jnp.arange(20) % 10])
+        >>> len(data.targets)
+        20
+    """
+
+    inputs: Shaped[Array, "n ..."]
+    targets: Float[Array, "n *outputs classes"]
 
 
 class Problem(NamedTuple):
@@ -19,6 +40,8 @@ class Problem(NamedTuple):
         params: where to start; its shapes and dtypes are those ``loss`` takes.
         draw: function from a ``jax.random`` key to another start of the same
             distribution, so that a sweep may vary it; None where starts are not drawn.
+        metrics: name -> function of the parameters to a scalar, such as the accuracy;
+            ``rj.monitor(problem.metrics)`` records them along runs and flows.
 
     Source: the full-batch setting of Cohen et al., ICLR 2021, arXiv 2103.00065.
 
@@ -33,6 +56,7 @@ class Problem(NamedTuple):
     loss: Callable[[PyTree], Float[Array, ""]]
     params: PyTree
     draw: Callable[[Array], PyTree] | None = None
+    metrics: Mapping[str, Callable[[PyTree], Float[Array, ""]]] = MappingProxyType({})
 
 
 def float_dtype(dtype: DTypeLike | None = None) -> jnp.dtype:
@@ -58,3 +82,16 @@ def float_dtype(dtype: DTypeLike | None = None) -> jnp.dtype:
             f"dtype={dtype} needs double precision: switch on jax_enable_x64."
         )
     return jnp.dtype(dtype)
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether this is a whole number."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_counts(**sizes: Iterable[object]) -> None:
+    """Raise `ValueError` for sizes that are not positive whole numbers."""
+    for name, values in sizes.items():
+        for value in values:
+            if not (is_count(value) and value > 0):
+                raise ValueError(f"{name}={value} must be a positive whole number.")

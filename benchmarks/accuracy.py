@@ -1,0 +1,239 @@
+"""How close each flow stays to its optimizer at the edge of stability.
+
+Nine optimizers on three networks (MLP, CNN, vision transformer), each on a window of
+steps of which it spends at least half at its stability threshold: the run, then every
+flow that serves the optimizer, from the run's own start. Of each flow the table has the
+distance of its centre from the run's midpoints, at the end and averaged over the
+window, relative to the stable flow's, and the median of its sharpness over threshold in
+the last third.
+
+    python benchmarks/accuracy.py                          # on digits
+    python benchmarks/accuracy.py --rows mlp-gd,cnn-adam
+    python benchmarks/accuracy.py --cifar10 PATH --n 1000 --out accuracy-cifar10
+
+It writes a picture and a NetCDF file for each row, and `accuracy.json`, from which the
+same command goes on after it was stopped.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import rodjax as rj
+from rodjax import problems, transforms
+
+NETWORKS: Mapping[str, Callable[..., problems.Problem]] = {
+    "mlp": problems.mlp,
+    "cnn": problems.cnn,
+    "vit": problems.vit,
+}
+OPTIMIZERS: Mapping[str, Callable[[Any], optax.GradientTransformation]] = {
+    "gd": optax.sgd,
+    "heavy-ball": partial(optax.sgd, momentum=0.9),
+    "nesterov": partial(optax.sgd, momentum=0.9, nesterov=True),
+    "rmsprop": partial(optax.rmsprop, decay=0.99),
+    "scalar-rmsprop": partial(transforms.scalar_rmsprop, decay=0.99),
+    "adam": partial(optax.adam, b2=0.99),
+    "scalar-adam": partial(transforms.scalar_adam, b2=0.99),
+    "nadam": partial(optax.nadam, b2=0.99),
+    "scalar-nadam": partial(transforms.scalar_nadam, b2=0.99),
+}
+# Learning rates on digits; for other data they are found by `choose`.
+LRS: Mapping[str, Mapping[str, float]] = {}
+WITHOUT_MOMENTUM = ("gd", "rmsprop", "scalar-rmsprop")
+FLOWS: Mapping[str, tuple[Callable[..., rj.flows.Flow], Iterable[str]]] = {
+    "stable": (rj.flows.stable, OPTIMIZERS),
+    "rod": (rj.flows.rod, OPTIMIZERS),
+    "bundle": (partial(rj.flows.rod, rank=3), WITHOUT_MOMENTUM),
+    "modulated": (rj.flows.modulated, OPTIMIZERS),
+    "edge": (rj.flows.edge, OPTIMIZERS),
+    "central": (rj.flows.central, WITHOUT_MOMENTUM),
+}
+START, STEPS, EVERY = 20, 600, 2
+# Sharpness over threshold from which on a run counts as being at the threshold.
+AT_THRESHOLD = 0.95
+SHARE = 0.5
+
+
+def share_at_threshold(ratio: Any) -> float:
+    """Of the saved steps of a run, the share at the threshold."""
+    return float(np.mean(np.asarray(ratio) >= AT_THRESHOLD))
+
+
+def choose(dynamics: rj.Dynamics, params: Any, first: float = 1e-4) -> float:
+    """The least learning rate of a grid that spends enough steps at the threshold."""
+    lrs = first * 2.0 ** np.arange(0, 16, 0.5)
+    edge = (rj.edge_of_stability(dynamics),)
+    # Few at a time from below: larger ones are not needed, and diverge.
+    for some in np.split(lrs, 8):
+        data = rj.sweep(
+            dynamics,
+            params,
+            STEPS,
+            grid={"lr": some},
+            start=START,
+            every=10,
+            metrics=edge,
+        ).sel(flow="run")
+        for lr in some:
+            lane = data.sel(lr=lr)
+            # Some room, since the run itself is looked at more often.
+            enough = share_at_threshold(lane.sharpness_ratio) >= 1.2 * SHARE
+            if enough and np.isnan(float(lane.diverged_at)):
+                return float(lr)
+    raise RuntimeError("no learning rate reaches the threshold for half of the steps")
+
+
+def measure(problem: problems.Problem, optimizer: str, lr: float | None, out: Path):
+    """All figures of one row, whose picture and trajectories go to `out`."""
+    dynamics = rj.dynamics(OPTIMIZERS[optimizer], problem.loss)
+    lr = choose(dynamics, problem.params) if lr is None else lr
+    metrics = (rj.edge_of_stability(dynamics), rj.monitor(problem.metrics))
+    common: dict[str, Any] = {"lr": lr, "every": EVERY, "metrics": metrics}
+    window = rj.warm_up(dynamics, problem.params, START, lr=lr)
+    run = rj.descend(dynamics, window, STEPS, **common)
+    ratio = run.metrics["sharpness_ratio"]
+    found: dict[str, Any] = {
+        "lr": lr,
+        "start": START,
+        "steps": STEPS,
+        "share at threshold": share_at_threshold(ratio),
+        "highest ratio": float(ratio.max()),
+        "accuracy": float(run.metrics["accuracy"][-1]),
+        "diverged at": float(run.diverged_at),
+        "flows": {},
+    }
+    paths = {}
+    for name, (build, served) in FLOWS.items():
+        if optimizer not in served:
+            continue
+        began = time.perf_counter()
+        paths[name] = rj.integrate(build(dynamics), window, STEPS, **common)
+        summary = rj.compare(paths[name], run).summary()
+        summary["seconds"] = time.perf_counter() - began
+        base = found["flows"].get("stable", summary)
+        for part in ("final", "mean"):
+            summary[part] = ratio_of(summary, base, f"{part}_distance")
+        found["flows"][name] = summary
+    name = f"{problem.name}, {optimizer}, lr {lr:.3g}"
+    rj.plot(run, paths, name).savefig(out.with_suffix(".png"), dpi=100)
+    rj.dataset(run, paths, lr=lr).to_netcdf(out.with_suffix(".nc"), engine="h5netcdf")
+    # Compiled programs of all rows together exhaust the compiler's memory.
+    jax.clear_caches()
+    return found
+
+
+def ratio_of(own: Mapping[str, float], base: Mapping[str, float], key: str) -> float:
+    """`own` relative to `base`; infinite for a flow that diverged."""
+    if not math.isnan(own["diverged_at"]):
+        return math.inf
+    return own[key] / base[key]
+
+
+def line(cells: Iterable[str]) -> str:
+    """A line of the table, as a Markdown row."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def cells(name: str, row: Mapping[str, Any]) -> list[str]:
+    """One row of the table."""
+    figures = [
+        f"{own['final']:.3f} / {own['mean']:.3f} / {own['median_sharpness_ratio']:.2f}"
+        if (own := row["flows"].get(flow))
+        else ""
+        for flow in FLOWS
+        if flow != "stable"
+    ]
+    stable = row["flows"]["stable"]
+    return [
+        f"{name} {row['lr']:.3g}",
+        f"{row['share at threshold']:.2f}",
+        f"{row['highest ratio']:.2f}",
+        f"{stable['final_distance']:.3g} / {stable['median_sharpness_ratio']:.2f}",
+        *figures,
+    ]
+
+
+def conclude(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Medians over the rows, the worst one, and the rows that do not count."""
+    print(f"\nOver {len(rows)} rows, relative to the stable flow, final / mean:")
+    for flow in FLOWS:
+        own = [r["flows"][flow] for r in rows.values() if flow in r["flows"]]
+        if not own or flow == "stable":
+            continue
+        medians = (
+            statistics.median(o[part] for o in own) for part in ("final", "mean")
+        )
+        worst = (max(o[part] for o in own) for part in ("final", "mean"))
+        texts = (" / ".join(f"{x:.3f}" for x in pair) for pair in (medians, worst))
+        print("  {}: median {}, worst {}".format(flow, *texts))
+    for name, row in rows.items():
+        if row["share at threshold"] < SHARE:
+            print(f"{name}: only {row['share at threshold']:.0%} at the threshold")
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    every = [f"{net}-{optimizer}" for net in NETWORKS for optimizer in OPTIMIZERS]
+    parser.add_argument("--rows", default=",".join(every), help="comma-separated")
+    parser.add_argument("--cifar10", metavar="PATH", help="in place of digits")
+    parser.add_argument("--n", type=int, default=100, help="samples")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and samples")
+    parser.add_argument("--float64", action="store_true")
+    parser.add_argument("--out", default="accuracy", type=Path)
+    options = parser.parse_args()
+    jax.config.update("jax_enable_x64", options.float64)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    wanted = options.rows.split(",")
+    if unknown := set(wanted) - set(every):
+        parser.error(f"--rows: unknown {sorted(unknown)}; choose from {every}")
+
+    read = (
+        partial(problems.cifar10, options.cifar10)
+        if options.cifar10
+        else problems.digits
+    )
+    data = read(n=options.n, skip=options.n * options.seed)
+    settings = {
+        "data": "cifar10" if options.cifar10 else "digits",
+        "n": options.n,
+        "seed": options.seed,
+        "dtype": str(data.targets.dtype),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "accuracy.json"
+    saved = json.loads(file.read_text()) if file.exists() else settings | {"rows": {}}
+    if {key: saved[key] for key in settings} != settings:
+        parser.error(f"--out {options.out} holds rows of other settings: give another")
+
+    titles = ("row, lr", "at threshold", "highest", "stable: final, S/threshold")
+    flows = [f"{flow}: final / mean / S" for flow in FLOWS if flow != "stable"]
+    print(line([*titles, *flows]))
+    print(line(["---"] * (len(titles) + len(flows))))
+    for name in wanted:
+        network, optimizer = name.split("-", 1)
+        if name not in saved["rows"]:
+            problem = NETWORKS[network](data, seed=options.seed)
+            lr = None if options.cifar10 else LRS.get(network, {}).get(optimizer)
+            row = measure(problem, optimizer, lr, options.out / name)
+            saved["rows"][name] = row
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(saved, indent=2))
+            part.replace(file)
+        print(line(cells(name, saved["rows"][name])), flush=True)
+    conclude({name: saved["rows"][name] for name in wanted})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Small smooth networks of the sources, in Flax: MLP, CNN, vision transformer."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from rodjax.problems.base import Data, Problem, check_counts
+from rodjax.problems.supervised import Loss, supervised
+from rodjax.problems.transformer import Transformer, initializer
+
+Activation = Callable[[Array], Array]
+
+# Of the MLP's weights, relative to 1 / sqrt(fan_in).
+MLP_SCALE = 0.6
+
+
+def mlp(
+    data: Data,
+    *,
+    widths: Sequence[int] = (16, 16),
+    activation: str | Activation = "tanh",
+    loss: Loss = "mse",
+    seed: int = 0,
+    chunk: int | None = None,
+) -> Problem:
+    """A multilayer perceptron on ``data``, whose inputs it flattens.
+
+    Weights start as ``N(0, 0.6^2 / fan_in)``, biases at zero.
+
+    Args:
+        data: inputs [n, ...], targets [n, classes]; their dtype is that of the
+            parameters.
+        widths: sizes of the hidden layers; () for a linear model.
+        activation: name of a function in ``jax.nn``, or an elementwise callable.
+        loss: ``"mse"`` or ``"cross-entropy"``, see :func:`supervised`.
+        seed: draws the weights.
+        chunk: samples at a time, see :func:`chunked_mean`.
+
+    Returns:
+        The problem; its parameters are the nested dict of arrays
+        ``params["layers"][i]`` ``= {"kernel": [fan_in, fan_out], "bias": [fan_out]}``
+        of a flax ``nnx.Sequential``.
+
+    Raises:
+        ValueError: an argument is out of range or not one of the choices.
+
+    Source: the small full-batch MLPs of Cohen et al., ICLR 2021, arXiv 2103.00065.
+
+    Example:
+        >>> import rodjax as rj
+        >>> problem = rj.problems.mlp(rj.problems.digits(20), widths=(8,))
+        >>> problem.params["layers"][0]["kernel"].shape
+        (64, 8)
+        >>> problem.loss(problem.params).shape
+        ()
+    """
+    check_counts(widths=widths)
+    function, dtype = _activation(activation), data.targets.dtype
+    flat = Data(jnp.reshape(data.inputs, (len(data.inputs), -1)), data.targets)
+    sizes = (flat.inputs.shape[1], *widths, flat.targets.shape[-1])
+
+    def build(key: Array) -> nnx.Module:
+        layers = []
+        for fan_in, fan_out in itertools.pairwise(sizes):
+            # Keys of our own, so that the problem is the same with every version of
+            # flax.
+            key, own = jax.random.split(key)
+            weights = jax.random.normal(own, (fan_in, fan_out), dtype)
+            weights *= MLP_SCALE / math.sqrt(fan_in)
+            layers += [_linear(weights), function]
+        return nnx.Sequential(*layers[:-1])
+
+    return supervised(build, flat, loss=loss, seed=seed, chunk=chunk, name="mlp")
+
+
+class CNN(nnx.Module):
+    """Convolutions 3 x 3, each with an activation and 2 x 2 average pooling."""
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        image: tuple[int, int, int],
+        classes: int,
+        activation: Activation,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        *size, given = image
+        common = {"kernel_init": initializer(), "dtype": dtype, "param_dtype": dtype}
+        self.convolutions = nnx.List(
+            nnx.Conv(before, after, (3, 3), rngs=rngs, **common)
+            for before, after in itertools.pairwise((given, *channels))
+        )
+        left = math.prod(side // 2 ** len(channels) for side in size)
+        self.head = nnx.Linear(left * channels[-1], classes, rngs=rngs, **common)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
+        for convolution in self.convolutions:
+            x = nnx.avg_pool(self.activation(convolution(x)), (2, 2), (2, 2))
+        return self.head(jnp.reshape(x, (len(x), -1)))
+
+
+def cnn(
+    data: Data,
+    *,
+    channels: Sequence[int] = (8, 8),
+    activation: str | Activation = "tanh",
+    loss: Loss = "mse",
+    seed: int = 0,
+    chunk: int | None = None,
+) -> Problem:
+    """A convolutional network on images.
+
+    Each layer is a convolution 3 x 3, the activation and 2 x 2 average pooling, all of
+    them smooth; a linear layer reads out the rest. Weights start as ``N(0, 1 /
+    fan_in)``, biases at zero.
+
+    Args:
+        data: inputs [n, height, width, channels], targets [n, classes]; their dtype is
+            that of the parameters.
+        channels: of the convolutions, at least one; height and width must allow as many
+            halvings.
+        activation: name of a function in ``jax.nn``, or an elementwise callable.
+        loss: ``"mse"`` or ``"cross-entropy"``, see :func:`supervised`.
+        seed: draws the weights.
+        chunk: samples at a time, see :func:`chunked_mean`.
+
+    Returns:
+        The problem; its parameters are the nested dict of ``params["convolutions"][i]``
+        and ``params["head"]``, each a ``kernel`` and a ``bias``.
+
+    Raises:
+        ValueError: an argument is out of range or not one of the choices, or the inputs
+            are no images, or too small for so many layers.
+
+    Source: the small full-batch CNNs of Cohen et al., ICLR 2025, arXiv 2410.24206.
+
+    Example:
+        >>> import rodjax as rj
+        >>> problem = rj.problems.cnn(rj.problems.digits(20), channels=(4, 4))
+        >>> problem.params["convolutions"][1]["kernel"].shape
+        (3, 3, 4, 4)
+    """
+    check_counts(channels=channels)
+    image, classes = _image(data), data.targets.shape[-1]
+    if not channels or min(image[:2]) < 2 ** len(channels):
+        raise ValueError(
+            f"channels={tuple(channels)} must be at least one and halve images of"
+            f" {image[0]} x {image[1]} as many times: give fewer layers."
+        )
+    function, dtype = _activation(activation), data.targets.dtype
+
+    def build(key: Array) -> nnx.Module:
+        rngs = nnx.Rngs(key)
+        return CNN(channels, image, classes, function, dtype=dtype, rngs=rngs)
+
+    return supervised(build, data, loss=loss, seed=seed, chunk=chunk, name="cnn")
+
+
+class ViT(nnx.Module):
+    """A transformer on the patches of an image, averaged over them."""
+
+    def __init__(
+        self,
+        patch: int,
+        image: tuple[int, int, int],
+        classes: int,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        height, across, given = image
+        common = {"kernel_init": initializer(), "dtype": dtype, "param_dtype": dtype}
+        self.patch = patch
+        self.embed = nnx.Linear(patch * patch * given, width, rngs=rngs, **common)
+        self.transformer = Transformer(
+            (height // patch) * (across // patch),
+            width=width,
+            depth=depth,
+            heads=heads,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.head = nnx.Linear(width, classes, rngs=rngs, **common)
+
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
+        n, height, across, given = x.shape
+        p = self.patch
+        x = jnp.reshape(x, (n, height // p, p, across // p, p, given))
+        patches = jnp.reshape(jnp.moveaxis(x, 3, 2), (n, -1, p * p * given))
+        return self.head(jnp.mean(self.transformer(self.embed(patches)), axis=1))
+
+
+def vit(
+    data: Data,
+    *,
+    patch: int = 4,
+    width: int = 16,
+    depth: int = 2,
+    heads: int = 2,
+    loss: Loss = "mse",
+    seed: int = 0,
+    chunk: int | None = None,
+) -> Problem:
+    """A vision transformer on images.
+
+    Patches are embedded linearly, with learned positions; pre-norm blocks of attention
+    and a GELU layer of twice the width follow; their outputs, normalized, are averaged
+    over the patches and read out linearly. Weights start as ``N(0, 1 / fan_in)``,
+    biases at zero.
+
+    Args:
+        data: inputs [n, height, width, channels], targets [n, classes]; their dtype is
+            that of the parameters.
+        patch: side of a patch, which divides height and width.
+        width: of the embedding, a multiple of ``heads``.
+        depth: number of blocks.
+        heads: of the attention.
+        loss: ``"mse"`` or ``"cross-entropy"``, see :func:`supervised`.
+        seed: draws the weights.
+        chunk: samples at a time, see :func:`chunked_mean`.
+
+    Returns:
+        The problem; its parameters are the nested dict of ``params["embed"]``,
+        ``params["transformer"]`` and ``params["head"]``.
+
+    Raises:
+        ValueError: an argument is out of range or not one of the choices, or the inputs
+            are no images.
+
+    Source: Dosovitskiy et al., ICLR 2021, arXiv 2010.11929; trained full-batch in Cohen
+    et al., ICLR 2025, arXiv 2410.24206.
+
+    Example:
+        >>> import rodjax as rj
+        >>> problem = rj.problems.vit(rj.problems.digits(20), width=8, depth=1)
+        >>> problem.params["embed"]["kernel"].shape
+        (16, 8)
+    """
+    check_counts(patch=[patch], width=[width], depth=[depth], heads=[heads])
+    image, classes = _image(data), data.targets.shape[-1]
+    if image[0] % patch or image[1] % patch:
+        raise ValueError(
+            f"patch={patch} must divide the images' {image[0]} x {image[1]} pixels."
+        )
+    if width % heads:
+        raise ValueError(f"width={width} must be a multiple of heads={heads}.")
+
+    def build(key: Array) -> nnx.Module:
+        return ViT(
+            patch,
+            image,
+            classes,
+            width=width,
+            depth=depth,
+            heads=heads,
+            dtype=data.targets.dtype,
+            rngs=nnx.Rngs(key),
+        )
+
+    return supervised(build, data, loss=loss, seed=seed, chunk=chunk, name="vit")
+
+
+def _linear(weights: Float[Array, "fan_in fan_out"]) -> nnx.Linear:
+    return nnx.Linear(
+        *weights.shape,
+        kernel_init=lambda *_: weights,
+        param_dtype=weights.dtype,
+        # This too: without it flax would compute in what it infers.
+        dtype=weights.dtype,
+        rngs=nnx.Rngs(0),
+    )
+
+
+def _image(data: Data) -> tuple[int, int, int]:
+    shape = data.inputs.shape[1:]
+    if len(shape) != 3:
+        raise ValueError(
+            f"data has inputs of shape {data.inputs.shape}: images must be"
+            " [n, height, width, channels]."
+        )
+    return cast(tuple[int, int, int], shape)
+
+
+def _activation(activation: str | Activation) -> Activation:
+    if not isinstance(activation, str):
+        return activation
+    found = getattr(jax.nn, activation, None)
+    if callable(found):
+        return cast(Activation, found)
+    raise ValueError(
+        f"activation={activation!r} is unknown: give the name of a function in"
+        " jax.nn, such as 'tanh' or 'gelu', or a callable."
+    )

@@ -1,0 +1,198 @@
+"""Full-batch training of a model on labelled samples, in bounded memory if asked."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, PyTree
+
+from rodjax.problems.base import Data, Problem, is_count
+
+#: Function from a ``jax.random`` key to a model: inputs [m, ...] to outputs.
+Build = Callable[[Array], Callable[[Array], Array]]
+
+Loss = Literal["mse", "cross-entropy"]
+
+
+def _half_squared_error(
+    outputs: Float[Array, "*n classes"], targets: Float[Array, "*n classes"]
+) -> Float[Array, "*n"]:
+    return jnp.sum((outputs - targets) ** 2, axis=-1) / 2
+
+
+LOSSES: Mapping[str, Callable[[Array, Array], Array]] = {
+    "mse": _half_squared_error,
+    "cross-entropy": optax.softmax_cross_entropy,
+}
+
+
+def chunked_mean(
+    function: Callable[[PyTree], Float[Array, " m"]],
+    data: PyTree,
+    *,
+    chunk: int | None = None,
+) -> Float[Array, ""]:
+    """The mean over all samples of a function, computed some samples at a time.
+
+    ``sum_i function(data)_i / n``, as a ``lax.scan`` over chunks whose intermediate
+    values are computed again in the backward pass rather than kept. So the memory of
+    the mean and of all its derivatives is that of one chunk, whatever ``n`` is; the
+    value is that of the plain mean up to the rounding of the sum.
+
+    Args:
+        function: from samples, a pytree like ``data`` with m in place of n samples, to
+            one number for each, shape [m]. It may close over parameters.
+        data: pytree of arrays [n, ...].
+        chunk: number of samples at a time; it need not divide n. None for all.
+
+    Returns:
+        The mean, a scalar.
+
+    Raises:
+        ValueError: ``chunk`` is not a positive whole number, or the arrays of ``data``
+            do not have the same number of samples, or ``function`` does not return
+            one number for each.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x = jnp.linspace(0.0, 1.0, 1001)
+        >>> loss = lambda w: chunked_mean(lambda x: (w * x - 1) ** 2, x, chunk=100)
+        >>> whole = lambda w: jnp.mean((w * x - 1) ** 2)
+        >>> bool(jnp.allclose(jax.grad(loss)(2.0), jax.grad(whole)(2.0)))
+        True
+    """
+    if chunk is not None and not (is_count(chunk) and chunk > 0):
+        raise ValueError(f"chunk={chunk} must be a positive whole number, or None.")
+    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(data)}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(
+            f"data has arrays of {sorted(sizes)} samples: give all the same number."
+        )
+    ((n,),) = sizes
+    chunk = n if chunk is None else min(chunk, n)
+    whole = n - n % chunk
+
+    def total(piece: PyTree) -> Array:
+        values = function(piece)
+        samples = jax.tree.leaves(piece)[0].shape[:1]
+        if values.shape != samples:
+            raise ValueError(
+                f"function returned shape {values.shape} for {samples[0]} samples: it"
+                " must return one number for each."
+            )
+        return jnp.sum(values)
+
+    if whole == chunk == n:
+        return total(data) / n
+    pieces = jax.tree.map(
+        lambda x: jnp.reshape(x[:whole], (-1, chunk, *x.shape[1:])), data
+    )
+    start = jnp.zeros((), jax.eval_shape(total, data).dtype)
+    # Within a scan nothing can undo the recomputation, so it need not be guarded.
+    again = jax.checkpoint(total, prevent_cse=False)
+    result, _ = jax.lax.scan(
+        lambda sum, piece: (sum + again(piece), None), start, pieces
+    )
+    if whole < n:
+        result += jax.checkpoint(total)(jax.tree.map(lambda x: x[whole:], data))
+    return result / n
+
+
+def supervised(
+    build: Build,
+    data: Data,
+    *,
+    loss: Loss = "mse",
+    seed: int = 0,
+    chunk: int | None = None,
+    name: str = "supervised",
+) -> Problem:
+    """Full-batch training of a Flax (nnx) model on ``data``.
+
+    The loss is the mean over the samples, and over the outputs of each if it has
+    several, of ``||outputs - targets||^2 / 2`` (``"mse"``) or of the softmax cross
+    entropy (``"cross-entropy"``, :func:`optax.softmax_cross_entropy`).
+
+    Args:
+        build: function from a ``jax.random`` key to an ``nnx.Module`` that maps inputs
+            [m, ...] to outputs shaped as the targets. All its state must be
+            parameters: no batch statistics, no dropout.
+        data: the samples.
+        loss: ``"mse"`` or ``"cross-entropy"``.
+        seed: of the key given to ``build``.
+        chunk: samples at a time, see :func:`chunked_mean`; None for all at once.
+        name: of the problem.
+
+    Returns:
+        The problem, with the metric ``accuracy``; its parameters are the nested dict
+        ``nnx.to_pure_dict(nnx.state(model))``. ``draw(key)`` are those of
+        ``build(key)``.
+
+    Raises:
+        ValueError: an argument is out of range or not one of the choices, ``build``
+            makes a model with other state than parameters, or one whose outputs do not
+            have the targets' shape.
+
+    Source: the full-batch setting of Cohen et al., ICLR 2021, arXiv 2103.00065.
+
+    Example:
+        >>> import jax, rodjax as rj
+        >>> from flax import nnx
+        >>> data = rj.problems.clusters(20, shape=(4,), classes=3)
+        >>> build = lambda key: nnx.Linear(4, 3, rngs=nnx.Rngs(key))
+        >>> problem = supervised(build, data)
+        >>> jax.tree.map(lambda x: x.shape, problem.params)
+        {'bias': (3,), 'kernel': (4, 3)}
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"loss={loss!r} is unknown: give one of {list(LOSSES)}.")
+    per_output = LOSSES[loss]
+
+    def split(key: Array) -> tuple[Any, PyTree]:
+        graph, state, other = nnx.split(build(key), nnx.Param, ...)
+        if found := nnx.to_flat_state(other):
+            path = ".".join(map(str, found[0][0]))
+            raise ValueError(
+                f"build makes a model whose {path} is no parameter: the loss must be a"
+                " function of the parameters alone, so use no dropout and normalize by"
+                " layers, not batches."
+            )
+        return graph, nnx.to_pure_dict(state)
+
+    graph, params = split(jax.random.key(seed))
+    outputs = jax.eval_shape(lambda p: nnx.merge(graph, p)(data.inputs), params)
+    if outputs.shape != data.targets.shape:
+        raise ValueError(
+            f"the model of build gives outputs of shape {outputs.shape} where the"
+            f" targets have {data.targets.shape}: make them agree."
+        )
+
+    def mean_of(values: Callable[[Array, Array], Array]) -> Callable[[PyTree], Array]:
+        def mean(params: PyTree) -> Array:
+            model = nnx.merge(graph, params)
+
+            def of_samples(piece: Data) -> Array:
+                found = values(model(piece.inputs), piece.targets)
+                return jnp.mean(found, axis=tuple(range(1, found.ndim)))
+
+            return chunked_mean(of_samples, data, chunk=chunk)
+
+        return mean
+
+    def right(outputs: Array, targets: Array) -> Array:
+        same = jnp.argmax(outputs, -1) == jnp.argmax(targets, -1)
+        return same.astype(targets.dtype)
+
+    mean_loss = mean_of(per_output)
+    # To refuse here what would be refused in the midst of a run.
+    jax.eval_shape(mean_loss, params)
+    return Problem(
+        name,
+        mean_loss,
+        params,
+        lambda key: split(key)[1],
+        {"accuracy": mean_of(right)},
+    )
