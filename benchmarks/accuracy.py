@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -48,8 +48,47 @@ OPTIMIZERS: Mapping[str, Callable[[Any], optax.GradientTransformation]] = {
     "nadam": partial(optax.nadam, b2=0.99),
     "scalar-nadam": partial(transforms.scalar_nadam, b2=0.99),
 }
-# Learning rates on digits; for other data they are found by `choose`.
-LRS: Mapping[str, Mapping[str, float]] = {}
+
+
+class Window(NamedTuple):
+    """`start` steps, then `steps` compared; no `lr` is one to be found by `choose`."""
+
+    lr: float | None = None
+    start: int = 20
+    steps: int = 400
+
+
+# Those on digits, in float32.
+WINDOWS: Mapping[str, Window] = {
+    "mlp-gd": Window(0.6, steps=600),
+    "mlp-heavy-ball": Window(1.0, steps=600),
+    "mlp-nesterov": Window(0.5, steps=600),
+    "mlp-rmsprop": Window(8e-4, steps=600),
+    "mlp-scalar-rmsprop": Window(0.035, steps=600),
+    "mlp-adam": Window(0.025, steps=600),
+    "mlp-scalar-adam": Window(1.5, 300, 600),
+    "mlp-nadam": Window(6e-3, steps=600),
+    "mlp-scalar-nadam": Window(0.45, steps=600),
+    "cnn-gd": Window(0.38),
+    "cnn-heavy-ball": Window(0.7, 350),
+    "cnn-nesterov": Window(0.2),
+    "cnn-rmsprop": Window(3e-4),
+    "cnn-scalar-rmsprop": Window(0.03),
+    "cnn-adam": Window(0.03),
+    "cnn-scalar-adam": Window(0.16, 500),
+    "cnn-nadam": Window(2e-3),
+    "cnn-scalar-nadam": Window(0.55),
+    "vit-gd": Window(0.08),
+    "vit-heavy-ball": Window(0.11, 700),
+    "vit-nesterov": Window(0.065, 600),
+    "vit-rmsprop": Window(3e-4, 60),
+    "vit-scalar-rmsprop": Window(0.025, 60),
+    "vit-adam": Window(0.025, 100),
+    "vit-scalar-adam": Window(0.23, 400),
+    "vit-nadam": Window(3e-3, 60),
+    "vit-scalar-nadam": Window(0.35),
+}
+SAMPLES = {"mlp": 100, "cnn": 50, "vit": 50}
 WITHOUT_MOMENTUM = ("gd", "rmsprop", "scalar-rmsprop")
 FLOWS: Mapping[str, tuple[Callable[..., rj.flows.Flow], Iterable[str]]] = {
     "stable": (rj.flows.stable, OPTIMIZERS),
@@ -57,11 +96,11 @@ FLOWS: Mapping[str, tuple[Callable[..., rj.flows.Flow], Iterable[str]]] = {
     "bundle": (partial(rj.flows.rod, rank=3), WITHOUT_MOMENTUM),
     "modulated": (rj.flows.modulated, OPTIMIZERS),
     "edge": (rj.flows.edge, OPTIMIZERS),
-    "central": (rj.flows.central, WITHOUT_MOMENTUM),
+    "central": (partial(rj.flows.central, top=2), WITHOUT_MOMENTUM),
 }
-START, STEPS, EVERY = 20, 600, 2
+EVERY = 5
 # Sharpness over threshold from which on a run counts as being at the threshold.
-AT_THRESHOLD = 0.95
+AT_THRESHOLD = 0.9
 SHARE = 0.5
 
 
@@ -70,18 +109,18 @@ def share_at_threshold(ratio: Any) -> float:
     return float(np.mean(np.asarray(ratio) >= AT_THRESHOLD))
 
 
-def choose(dynamics: rj.Dynamics, params: Any, first: float = 1e-4) -> float:
+def choose(dynamics: rj.Dynamics, params: Any, window: Window) -> float:
     """The least learning rate of a grid that spends enough steps at the threshold."""
-    lrs = first * 2.0 ** np.arange(0, 16, 0.5)
+    lrs = 1e-4 * 2.0 ** np.arange(0, 16, 0.5)
     edge = (rj.edge_of_stability(dynamics),)
     # Few at a time from below: larger ones are not needed, and diverge.
     for some in np.split(lrs, 8):
         data = rj.sweep(
             dynamics,
             params,
-            STEPS,
+            window.steps,
             grid={"lr": some},
-            start=START,
+            start=window.start,
             every=10,
             metrics=edge,
         ).sel(flow="run")
@@ -94,19 +133,20 @@ def choose(dynamics: rj.Dynamics, params: Any, first: float = 1e-4) -> float:
     raise RuntimeError("no learning rate reaches the threshold for half of the steps")
 
 
-def measure(problem: problems.Problem, optimizer: str, lr: float | None, out: Path):
+def measure(problem: problems.Problem, optimizer: str, window: Window, out: Path):
     """All figures of one row, whose picture and trajectories go to `out`."""
     dynamics = rj.dynamics(OPTIMIZERS[optimizer], problem.loss)
-    lr = choose(dynamics, problem.params) if lr is None else lr
+    lr, start, steps = window
+    lr = choose(dynamics, problem.params, window) if lr is None else lr
     metrics = (rj.edge_of_stability(dynamics), rj.monitor(problem.metrics))
     common: dict[str, Any] = {"lr": lr, "every": EVERY, "metrics": metrics}
-    window = rj.warm_up(dynamics, problem.params, START, lr=lr)
-    run = rj.descend(dynamics, window, STEPS, **common)
+    states = rj.warm_up(dynamics, problem.params, start, lr=lr)
+    run = rj.descend(dynamics, states, steps, **common)
     ratio = run.metrics["sharpness_ratio"]
     found: dict[str, Any] = {
         "lr": lr,
-        "start": START,
-        "steps": STEPS,
+        "start": start,
+        "steps": steps,
         "share at threshold": share_at_threshold(ratio),
         "highest ratio": float(ratio.max()),
         "accuracy": float(run.metrics["accuracy"][-1]),
@@ -118,7 +158,7 @@ def measure(problem: problems.Problem, optimizer: str, lr: float | None, out: Pa
         if optimizer not in served:
             continue
         began = time.perf_counter()
-        paths[name] = rj.integrate(build(dynamics), window, STEPS, **common)
+        paths[name] = rj.integrate(build(dynamics), states, steps, **common)
         summary = rj.compare(paths[name], run).summary()
         summary["seconds"] = time.perf_counter() - began
         base = found["flows"].get("stable", summary)
@@ -156,7 +196,7 @@ def cells(name: str, row: Mapping[str, Any]) -> list[str]:
     ]
     stable = row["flows"]["stable"]
     return [
-        f"{name} {row['lr']:.3g}",
+        f"{name} {row['lr']:.3g}, {row['start']}+{row['steps']}",
         f"{row['share at threshold']:.2f}",
         f"{row['highest ratio']:.2f}",
         f"{stable['final_distance']:.3g} / {stable['median_sharpness_ratio']:.2f}",
@@ -185,10 +225,9 @@ def conclude(rows: Mapping[str, Mapping[str, Any]]) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    every = [f"{net}-{optimizer}" for net in NETWORKS for optimizer in OPTIMIZERS]
-    parser.add_argument("--rows", default=",".join(every), help="comma-separated")
+    parser.add_argument("--rows", default=",".join(WINDOWS), help="comma-separated")
     parser.add_argument("--cifar10", metavar="PATH", help="in place of digits")
-    parser.add_argument("--n", type=int, default=100, help="samples")
+    parser.add_argument("--n", type=int, help=f"samples; else {SAMPLES}")
     parser.add_argument("--seed", type=int, default=0, help="of weights and samples")
     parser.add_argument("--float64", action="store_true")
     parser.add_argument("--out", default="accuracy", type=Path)
@@ -196,20 +235,19 @@ def main() -> None:
     jax.config.update("jax_enable_x64", options.float64)
     jax.config.update("jax_default_matmul_precision", "highest")
     wanted = options.rows.split(",")
-    if unknown := set(wanted) - set(every):
-        parser.error(f"--rows: unknown {sorted(unknown)}; choose from {every}")
+    if unknown := set(wanted) - set(WINDOWS):
+        parser.error(f"--rows: unknown {sorted(unknown)}; choose from {list(WINDOWS)}")
 
     read = (
         partial(problems.cifar10, options.cifar10)
         if options.cifar10
         else problems.digits
     )
-    data = read(n=options.n, skip=options.n * options.seed)
-    settings = {
+    settings: dict[str, Any] = {
         "data": "cifar10" if options.cifar10 else "digits",
-        "n": options.n,
+        "n": SAMPLES if options.n is None else dict.fromkeys(SAMPLES, options.n),
         "seed": options.seed,
-        "dtype": str(data.targets.dtype),
+        "dtype": "float64" if options.float64 else "float32",
     }
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "accuracy.json"
@@ -217,16 +255,23 @@ def main() -> None:
     if {key: saved[key] for key in settings} != settings:
         parser.error(f"--out {options.out} holds rows of other settings: give another")
 
-    titles = ("row, lr", "at threshold", "highest", "stable: final, S/threshold")
+    titles = (
+        "row, lr, window",
+        "at threshold",
+        "highest",
+        "stable: final, S/threshold",
+    )
     flows = [f"{flow}: final / mean / S" for flow in FLOWS if flow != "stable"]
     print(line([*titles, *flows]))
     print(line(["---"] * (len(titles) + len(flows))))
     for name in wanted:
         network, optimizer = name.split("-", 1)
         if name not in saved["rows"]:
+            n = settings["n"][network]
+            data = read(n=n, skip=n * options.seed)
             problem = NETWORKS[network](data, seed=options.seed)
-            lr = None if options.cifar10 else LRS.get(network, {}).get(optimizer)
-            row = measure(problem, optimizer, lr, options.out / name)
+            window = Window() if options.cifar10 else WINDOWS[name]
+            row = measure(problem, optimizer, window, options.out / name)
             saved["rows"][name] = row
             part = file.with_suffix(".part")
             part.write_text(json.dumps(saved, indent=2))

@@ -180,13 +180,14 @@ class Recorder(NamedTuple):
         self, course: Course, state: Any, moments: int, every: int
     ) -> Trajectory:
         """Save the first moment and `moments` more, `every` steps apart."""
-        start, first = self.save(course, self.begin(course, state))
-        end, rest = jax.lax.scan(
-            lambda place, _: self.save(course, self.proceed(course, place)),
-            start,
-            length=moments,
-        )
-        saved = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rest)
+
+        def moment(place: Place, first: Array) -> tuple[Place, Saved]:
+            # A branch, so that what is saved is compiled once only.
+            stay, go = (lambda place: place), lambda place: self.proceed(course, place)
+            return self.save(course, jax.lax.cond(first, stay, go, place))
+
+        firsts = jnp.arange(moments + 1) == 0
+        end, saved = jax.lax.scan(moment, self.begin(course, state), firsts)
         step = course.snapshot(state).step
         steps = step + every * jnp.arange(moments + 1, dtype=step.dtype)
         params, ends, metrics = saved

@@ -57,7 +57,9 @@ def test_below_the_edge_it_is_gradient_flow():
     assert float(path.metrics["amplitude"][-1]) == 0.0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)]
+)
 def test_a_warm_up_from_zero_starts_no_oscillation(dtype):
     warm = rj.dynamics(optax.sgd(optax.linear_schedule(0.0, 0.2, 8)), pair_of_valleys)
     begin = {"x": jnp.array([0.3, -0.2], dtype), "y": jnp.array([3.0, 1.0], dtype)}

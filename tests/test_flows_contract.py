@@ -78,7 +78,31 @@ PAIRS = [
     for name in FLOWS
     for optimizer in SERVES.get(name, tuple(OPTIMIZERS))
 ]
-table = pytest.mark.parametrize("name, optimizer", PAIRS)
+# Of the flows that compile slowly, the optimizers of the quick suite.
+QUICK = {
+    "rod": ("sgd", "adam"),
+    "rod plain": ("sgd",),
+    "bundle": ("rmsprop",),
+    "dense": ("adam",),
+    "dense plain": ("sgd",),
+    "modulated": ("sgd", "nesterov", "scalar_adam", "nadam"),
+    "edge": ("sgd", "nadam"),
+    "central": ("sgd",),
+}
+
+
+def slow_but(quick, pairs):
+    """The pairs as parameters, slow unless they are among the quick."""
+    return [
+        pair if quick(*pair) else pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in pairs
+    ]
+
+
+table = pytest.mark.parametrize(
+    "name, optimizer",
+    slow_but(lambda name, optimizer: optimizer in QUICK.get(name, OPTIMIZERS), PAIRS),
+)
 # One optimizer per flow where a check compiles the whole solve.
 SOLVED = [
     ("stable", "scalar_rmsprop"),
@@ -93,6 +117,10 @@ SOLVED = [
     ("principal top", "sgd"),
     ("covariance", "sgd"),
 ]
+solved = pytest.mark.parametrize(
+    "name, optimizer",
+    slow_but(lambda name, _: name not in ("bundle", "dense", "central"), SOLVED),
+)
 DTYPES = jnp.dtype("float32"), jnp.dtype("float64")
 KEY = jax.random.key(3)
 RATES = jnp.array([0.002, 0.005, 0.01])
@@ -190,7 +218,9 @@ def test_field_is_pure_and_vmaps_over_the_learning_rate(name, optimizer):
     assert unlike(moved(0), moved(2)) > 0.5  # the rates differ by a factor of 5
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize(
+    "optimizer", ["sgd", "adam", pytest.param("momentum", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", [name for name in FLOWS if "plain" not in name][1:])
 def test_reduces_to_the_stable_flow(name, optimizer):
     if (name, optimizer) not in PAIRS:
@@ -231,7 +261,7 @@ def test_evaluations_are_those_made(name, optimizer):
     assert count[0] - before == flow.evaluations + flow.products
 
 
-@pytest.mark.parametrize("name, optimizer", SOLVED)
+@solved
 def test_integrate_compiles_once_and_vmaps(name, optimizer):
     flow = flow_of(name, optimizer)
     begin = window_of(optimizer)
@@ -260,7 +290,7 @@ def test_integrate_compiles_once_and_vmaps(name, optimizer):
     chex.assert_trees_all_equal_shapes_and_dtypes(more, batch.final)
 
 
-@pytest.mark.parametrize("name, optimizer", SOLVED)
+@solved
 def test_float32_stays_float32(name, optimizer):
     flow = flow_of(name, optimizer)
     solve = lambda start: rj.integrate(flow, start, steps=2, lr=0.01)
@@ -282,7 +312,7 @@ def test_strict_promotion(name):
             jax.eval_shape(flow.observe, y, lr)
 
 
-@pytest.mark.parametrize("name, optimizer", SOLVED)
+@solved
 def test_no_leaked_tracers(name, optimizer):
     # Not around diffrax: within a scan its first call alone trips this check.
     flow = FLOWS[name](model(optimizer))

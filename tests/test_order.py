@@ -95,8 +95,12 @@ def gap(a, b):
 
 @pytest.mark.parametrize(
     "solver, grid, order",
-    [(diffrax.Euler(), (32, 64, 128), 1), (diffrax.Heun(), (16, 32, 64), 2)],
-    ids=["Euler", "Heun"],
+    [
+        pytest.param(
+            diffrax.Euler(), (32, 64, 128), 1, id="Euler", marks=pytest.mark.slow
+        ),
+        pytest.param(diffrax.Heun(), (16, 32, 64), 2, id="Heun"),
+    ],
 )
 @pytest.mark.parametrize("name", ["stable", "modulated", "rod"])
 def test_order_of_the_solver(name, solver, grid, order):
@@ -105,6 +109,7 @@ def test_order_of_the_solver(name, solver, grid, order):
     assert abs(slope(grid, errors) + order) < 0.2, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stable", "modulated", "rod"])
 def test_adaptive_agrees_with_fixed_steps(name):
     exact = end(name, diffrax.Dopri8(), 16)

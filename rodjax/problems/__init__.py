@@ -4,7 +4,7 @@ from rodjax.problems.base import Data, Problem, float_dtype
 from rodjax.problems.cifar10 import cifar10
 from rodjax.problems.digits import digits, digits_mlp
 from rodjax.problems.landscapes import banana, cosine
-from rodjax.problems.networks import cnn, mlp, vit
+from rodjax.problems.networks import cnn, mlp
 from rodjax.problems.sorting import sequences, sorting
 from rodjax.problems.supervised import chunked_mean, supervised
 from rodjax.problems.synthetic import clusters
@@ -15,6 +15,7 @@ from rodjax.problems.toys import (
     quartic_well,
     scalar_factorization,
 )
+from rodjax.problems.vision_transformer import vit
 
 __all__ = [
     "Data",

@@ -1,9 +1,9 @@
-"""Small smooth networks of the sources, in Flax: MLP, CNN, vision transformer."""
+"""Small smooth networks of the sources, in Flax: MLP and CNN."""
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from rodjax.problems.base import Data, Problem, check_counts
-from rodjax.problems.supervised import Loss, supervised
-from rodjax.problems.transformer import Transformer, initializer
+from rodjax.problems.supervised import Loss, image_shape, supervised
+from rodjax.problems.transformer import initializer
 
 Activation = Callable[[Array], Array]
 
@@ -93,9 +93,20 @@ class CNN(nnx.Module):
         rngs: nnx.Rngs,
     ):
         *size, given = image
-        common = {"kernel_init": initializer(), "dtype": dtype, "param_dtype": dtype}
+        common: dict[str, Any] = {
+            "kernel_init": initializer(),
+            "dtype": dtype,
+            "param_dtype": dtype,
+        }
         self.convolutions = nnx.List(
-            nnx.Conv(before, after, (3, 3), rngs=rngs, **common)
+            nnx.Conv(
+                before,
+                after,
+                (3, 3),
+                conv_general_dilated=_shifted,
+                rngs=rngs,
+                **common,
+            )
             for before, after in itertools.pairwise((given, *channels))
         )
         left = math.prod(side // 2 ** len(channels) for side in size)
@@ -104,7 +115,7 @@ class CNN(nnx.Module):
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
         for convolution in self.convolutions:
-            x = nnx.avg_pool(self.activation(convolution(x)), (2, 2), (2, 2))
+            x = _halved(self.activation(convolution(x)))
         return self.head(jnp.reshape(x, (len(x), -1)))
 
 
@@ -150,7 +161,7 @@ def cnn(
         (3, 3, 4, 4)
     """
     check_counts(channels=channels)
-    image, classes = _image(data), data.targets.shape[-1]
+    image, classes = image_shape(data), data.targets.shape[-1]
     if not channels or min(image[:2]) < 2 ** len(channels):
         raise ValueError(
             f"channels={tuple(channels)} must be at least one and halve images of"
@@ -165,111 +176,33 @@ def cnn(
     return supervised(build, data, loss=loss, seed=seed, chunk=chunk, name="cnn")
 
 
-class ViT(nnx.Module):
-    """A transformer on the patches of an image, averaged over them."""
+def _shifted(
+    x: Float[Array, "n h w c"],
+    kernel: Float[Array, "3 3 c d"],
+    *rest: Any,
+    **given: Any,
+) -> Float[Array, "n h w d"]:
+    """The convolution 3 x 3, padded with zeros, as one product.
 
-    def __init__(
-        self,
-        patch: int,
-        image: tuple[int, int, int],
-        classes: int,
-        *,
-        width: int,
-        depth: int,
-        heads: int,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        height, across, given = image
-        common = {"kernel_init": initializer(), "dtype": dtype, "param_dtype": dtype}
-        self.patch = patch
-        self.embed = nnx.Linear(patch * patch * given, width, rngs=rngs, **common)
-        self.transformer = Transformer(
-            (height // patch) * (across // patch),
-            width=width,
-            depth=depth,
-            heads=heads,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.head = nnx.Linear(width, classes, rngs=rngs, **common)
-
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
-        n, height, across, given = x.shape
-        p = self.patch
-        x = jnp.reshape(x, (n, height // p, p, across // p, p, given))
-        patches = jnp.reshape(jnp.moveaxis(x, 3, 2), (n, -1, p * p * given))
-        return self.head(jnp.mean(self.transformer(self.embed(patches)), axis=1))
-
-
-def vit(
-    data: Data,
-    *,
-    patch: int = 4,
-    width: int = 16,
-    depth: int = 2,
-    heads: int = 2,
-    loss: Loss = "mse",
-    seed: int = 0,
-    chunk: int | None = None,
-) -> Problem:
-    """A vision transformer on images.
-
-    Patches are embedded linearly, with learned positions; pre-norm blocks of attention
-    and a GELU layer of twice the width follow; their outputs, normalized, are averaged
-    over the patches and read out linearly. Weights start as ``N(0, 1 / fan_in)``,
-    biases at zero.
-
-    Args:
-        data: inputs [n, height, width, channels], targets [n, classes]; their dtype is
-            that of the parameters.
-        patch: side of a patch, which divides height and width.
-        width: of the embedding, a multiple of ``heads``.
-        depth: number of blocks.
-        heads: of the attention.
-        loss: ``"mse"`` or ``"cross-entropy"``, see :func:`supervised`.
-        seed: draws the weights.
-        chunk: samples at a time, see :func:`chunked_mean`.
-
-    Returns:
-        The problem; its parameters are the nested dict of ``params["embed"]``,
-        ``params["transformer"]`` and ``params["head"]``.
-
-    Raises:
-        ValueError: an argument is out of range or not one of the choices, or the inputs
-            are no images.
-
-    Source: Dosovitskiy et al., ICLR 2021, arXiv 2010.11929; trained full-batch in Cohen
-    et al., ICLR 2025, arXiv 2410.24206.
-
-    Example:
-        >>> import rodjax as rj
-        >>> problem = rj.problems.vit(rj.problems.digits(20), width=8, depth=1)
-        >>> problem.params["embed"]["kernel"].shape
-        (16, 8)
+    Several sets of weights under a vmap, such as the ends of a flow or the lanes of a
+    sweep, remain products, where XLA would make a grouped convolution, which is slow.
     """
-    check_counts(patch=[patch], width=[width], depth=[depth], heads=[heads])
-    image, classes = _image(data), data.targets.shape[-1]
-    if image[0] % patch or image[1] % patch:
-        raise ValueError(
-            f"patch={patch} must divide the images' {image[0]} x {image[1]} pixels."
-        )
-    if width % heads:
-        raise ValueError(f"width={width} must be a multiple of heads={heads}.")
+    _, height, width, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifts = [
+        padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)
+    ]
+    weights = jnp.reshape(kernel, (-1, kernel.shape[-1]))
+    stacked = jnp.concatenate(shifts, axis=-1)
+    return jnp.matmul(stacked, weights, precision=given.get("precision"))
 
-    def build(key: Array) -> nnx.Module:
-        return ViT(
-            patch,
-            image,
-            classes,
-            width=width,
-            depth=depth,
-            heads=heads,
-            dtype=data.targets.dtype,
-            rngs=nnx.Rngs(key),
-        )
 
-    return supervised(build, data, loss=loss, seed=seed, chunk=chunk, name="vit")
+def _halved(x: Float[Array, "n h w c"]) -> Float[Array, "n h/2 w/2 c"]:
+    """Averages of 2 x 2 pixels."""
+    n, height, width, c = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    blocks = jnp.reshape(x, (n, height // 2, 2, width // 2, 2, c))
+    return jnp.mean(blocks, axis=(2, 4))
 
 
 def _linear(weights: Float[Array, "fan_in fan_out"]) -> nnx.Linear:
@@ -281,16 +214,6 @@ def _linear(weights: Float[Array, "fan_in fan_out"]) -> nnx.Linear:
         dtype=weights.dtype,
         rngs=nnx.Rngs(0),
     )
-
-
-def _image(data: Data) -> tuple[int, int, int]:
-    shape = data.inputs.shape[1:]
-    if len(shape) != 3:
-        raise ValueError(
-            f"data has inputs of shape {data.inputs.shape}: images must be"
-            " [n, height, width, channels]."
-        )
-    return cast(tuple[int, int, int], shape)
 
 
 def _activation(activation: str | Activation) -> Activation:

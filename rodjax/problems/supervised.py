@@ -1,7 +1,7 @@
 """Full-batch training of a model on labelled samples, in bounded memory if asked."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -196,3 +196,14 @@ def supervised(
         lambda key: split(key)[1],
         {"accuracy": mean_of(right)},
     )
+
+
+def image_shape(data: Data) -> tuple[int, int, int]:
+    """Height, width and channels of the inputs; `ValueError` if they are no images."""
+    shape = data.inputs.shape[1:]
+    if len(shape) != 3:
+        raise ValueError(
+            f"data has inputs of shape {data.inputs.shape}: images must be"
+            " [n, height, width, channels]."
+        )
+    return cast(tuple[int, int, int], shape)

@@ -1,0 +1,44 @@
+"""What every notebook must be; the suite runs them too, with nbmake."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def code_of(path):
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code"]
+
+
+def test_there_are_five():
+    assert [path.name[0] for path in NOTEBOOKS] == list("12345")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_valid_clean_and_installs_first(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.cells[0].cell_type == "markdown"
+    assert notebook.cells[0].source.startswith("# ")
+    for cell in code_of(path):
+        assert not cell.outputs and cell.execution_count is None
+    first = code_of(path)[0].source
+    assert first == code_of(NOTEBOOKS[0])[0].source
+    assert '%pip install -q "{SOURCE}"' in first
+
+
+def test_what_they_install_exists():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)["project"]
+    source = re.search(
+        r'^SOURCE = "(\w+)\[(\w+)\]"', code_of(NOTEBOOKS[0])[0].source, re.M
+    )
+    assert source and source[1] == project["name"]
+    assert source[2] in project["optional-dependencies"]
