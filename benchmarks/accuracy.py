@@ -133,15 +133,37 @@ def choose(dynamics: rj.Dynamics, params: Any, window: Window) -> float:
     raise RuntimeError("no learning rate reaches the threshold for half of the steps")
 
 
+# The optimizer's whole state at the centre, for what is computed from it afterwards.
+STATES = rj.Metric(
+    lambda snapshot, lr: (),
+    lambda snapshot, carry, lr: ({"state": snapshot.centre}, carry),
+)
+
+
 def measure(problem: problems.Problem, optimizer: str, window: Window, out: Path):
     """All figures of one row, whose picture and trajectories go to `out`."""
     dynamics = rj.dynamics(OPTIMIZERS[optimizer], problem.loss)
     lr, start, steps = window
     lr = choose(dynamics, problem.params, window) if lr is None else lr
-    metrics = (rj.edge_of_stability(dynamics), rj.monitor(problem.metrics))
-    common: dict[str, Any] = {"lr": lr, "every": EVERY, "metrics": metrics}
+
+    # Compiled once for all trajectories, which is why it is not recorded along them.
+    @jax.jit
+    def curvature(states: rj.State) -> dict[str, jax.Array]:
+        def at(guess, state):
+            top = rj.sharpness_ratio(dynamics, state, lr, guess)
+            accuracy = problem.metrics["accuracy"](state.params)
+            return top.vector, {"sharpness_ratio": top.value, "accuracy": accuracy}
+
+        return jax.lax.scan(at, optax.tree.ones_like(problem.params), states)[1]
+
+    def with_curvature(path: rj.Trajectory) -> rj.Trajectory:
+        metrics = dict(path.metrics)
+        more = curvature(metrics.pop("state"))
+        return path._replace(metrics=metrics | more)
+
+    common: dict[str, Any] = {"lr": lr, "every": EVERY, "metrics": (STATES,)}
     states = rj.warm_up(dynamics, problem.params, start, lr=lr)
-    run = rj.descend(dynamics, states, steps, **common)
+    run = with_curvature(rj.descend(dynamics, states, steps, **common))
     ratio = run.metrics["sharpness_ratio"]
     found: dict[str, Any] = {
         "lr": lr,
@@ -158,7 +180,8 @@ def measure(problem: problems.Problem, optimizer: str, window: Window, out: Path
         if optimizer not in served:
             continue
         began = time.perf_counter()
-        paths[name] = rj.integrate(build(dynamics), states, steps, **common)
+        path = rj.integrate(build(dynamics), states, steps, **common)
+        paths[name] = with_curvature(path)
         summary = rj.compare(paths[name], run).summary()
         summary["seconds"] = time.perf_counter() - began
         base = found["flows"].get("stable", summary)

@@ -226,8 +226,9 @@ def _at_rest(dynamics: Dynamics, state: State, lr: PyTree) -> State:
         lambda path, x: jnp.zeros_like(x) if _inside(path, slots) else x, state.phase
     )
     # A zero second moment has no derivative of its root, and its coordinate no
-    # gradient: any tiny value serves.
-    slow = jax.tree.map(lambda s: jnp.maximum(s, 1e-30), state.slow)
+    # gradient: any tiny value serves whose square, which derivatives contain, is none.
+    tiny = lambda s: max(1e-30, 10 * float(jnp.finfo(s.dtype).tiny) ** 0.5)
+    slow = jax.tree.map(lambda s: jnp.maximum(s, tiny(s)), state.slow)
     state = State(phase, slow, state.clock)
     after = dynamics.respond(state, optax.tree.zeros_like(params), lr).slow
     slow = jax.tree.map(lambda s, a: jnp.where(a > 0, s * (s / a), s), slow, after)

@@ -151,13 +151,17 @@ def test_flows_run_and_report(tmp_path, names):
         assert np.isfinite(data.loss.values).all()
 
 
-TOYS = ("quadratic", "quartic-well", "berthier", "factorization", "banana", "cosine")
+TOYS = ("quadratic", "quartic-well", "factorization", "banana", "cosine")
 
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [(name, []) for name in TOYS]
-    + [("digits-cnn", ["n=10", "channels=(2,)"]), ("clusters-mlp", ["widths=(3,)"])],
+    [pytest.param(name, [], marks=pytest.mark.slow) for name in TOYS]
+    + [
+        ("berthier", []),
+        pytest.param("digits-cnn", ["n=10", "channels=(2,)"], marks=pytest.mark.slow),
+    ]
+    + [("clusters-mlp", ["widths=(3,)"])],
 )
 def test_problems_run(tmp_path, name, settings):
     given = [word for setting in settings for word in ("--problem-set", setting)]

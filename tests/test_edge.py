@@ -284,6 +284,7 @@ def test_two_gradients_and_one_product():
     assert (flow.evaluations, flow.products) == (2, 1) and count[0] - before == 3
 
 
+@pytest.mark.slow
 def test_holds_the_edge_on_digits():
     problem = rj.problems.digits_mlp()
     dynamics = rj.dynamics(optax.sgd(0.6), problem.loss)

@@ -1,5 +1,7 @@
 """Stability thresholds against closed forms, real runs and dense eigenvalues."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from rodjax.stability import (
     LATE,
     alternating_multiplier,
     has_momentum,
+    inverse_preconditioner,
     linearize,
     unit_preconditioner,
 )
@@ -281,3 +284,20 @@ def test_has_momentum():
     for name, truth in {"sgd": False, "heavy ball": True, "schedule": False}.items():
         state = rj.dynamics(EXACT[name][0](0.1, 0.9), bowl).init(PARAMS)
         assert has_momentum(state) is truth
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "optimizer", [optax.rmsprop, partial(optax.rmsprop, eps_in_sqrt=False)]
+)
+def test_preconditioner_has_derivatives_where_there_is_no_gradient(optimizer, dtype):
+    """As of a pixel that is always zero, whose second moment stays at zero."""
+    dynamics = rj.dynamics(optimizer(0.01), lambda w: 0.5 * w[0] ** 2)
+    state = rj.warm_up(dynamics, jnp.ones(2, dtype), 3).at(0)
+    inverse = lambda slow: inverse_preconditioner(dynamics, state._replace(slow=slow))
+    ahead = jax.tree.map(lambda s: 0.1 * s, state.slow)
+    value, rate = jax.jvp(inverse, (state.slow,), (ahead,))
+    assert jnp.isfinite(value).all() and jnp.isfinite(rate).all()
+    assert float(rate[1]) == 0.0
+    # P goes as the root of the second moment, but for Optax's epsilon.
+    np.testing.assert_allclose(rate[0], -0.05 * value[0], rtol=1e-4)

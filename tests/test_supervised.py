@@ -26,7 +26,9 @@ def assert_close(tree, other, tolerance=1e-13):
     )
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 22, 23, 100])
+@pytest.mark.parametrize(
+    "chunk", [5, 23, 100, *(pytest.param(c, marks=pytest.mark.slow) for c in (1, 22))]
+)
 def test_chunks_are_exact_to_rounding(chunk):
     chunked, whole = pair(chunk)
     w = whole.params

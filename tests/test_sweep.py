@@ -167,6 +167,7 @@ def test_a_lane_lost_before_the_start_has_no_flows():
     assert np.isnan(data.final_distance.sel(lr=30.0)).all()
 
 
+@pytest.mark.slow
 def test_zipped_axes_and_the_amplitude_of_the_seed():
     seeded = rj.flows.modulated(heavy, seed=lambda h: h["seed_amplitude"])
     grid = {

@@ -261,9 +261,8 @@ def moment(out, save, draw, what):
     return now
 
 
-@pytest.mark.parametrize(
-    "kills, time_chunk", [(4, 2), pytest.param(16, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kills, time_chunk", [(4, 2), (16, 1)])
 def test_killed_processes(tmp_path, kills, time_chunk):
     """A process killed again and again comes to the bits of one that was not.
 
