@@ -61,8 +61,8 @@ class Window(NamedTuple):
 # Those on digits, in float32.
 WINDOWS: Mapping[str, Window] = {
     "mlp-gd": Window(0.6, steps=600),
-    "mlp-heavy-ball": Window(1.0, steps=600),
-    "mlp-nesterov": Window(0.5, steps=600),
+    "mlp-heavy-ball": Window(1.0, 100, 600),
+    "mlp-nesterov": Window(0.5, 100, 600),
     "mlp-rmsprop": Window(8e-4, steps=600),
     "mlp-scalar-rmsprop": Window(0.035, steps=600),
     "mlp-adam": Window(0.025, steps=600),
