@@ -196,6 +196,14 @@ def measure(problem: problems.Problem, optimizer: str, window: Window, out: Path
     return found
 
 
+def is_of(row: Mapping[str, Any] | None, window: Window) -> bool:
+    """Whether the row has been measured, and on this window."""
+    if row is None:
+        return False
+    lr = row["lr"] if window.lr is None else window.lr
+    return (row["lr"], row["start"], row["steps"]) == (lr, *window[1:])
+
+
 def ratio_of(own: Mapping[str, float], base: Mapping[str, float], key: str) -> float:
     """`own` relative to `base`; infinite for a flow that diverged."""
     if not math.isnan(own["diverged_at"]):
@@ -289,11 +297,11 @@ def main() -> None:
     print(line(["---"] * (len(titles) + len(flows))))
     for name in wanted:
         network, optimizer = name.split("-", 1)
-        if name not in saved["rows"]:
+        window = Window() if options.cifar10 else WINDOWS[name]
+        if not is_of(saved["rows"].get(name), window):
             n = settings["n"][network]
             data = read(n=n, skip=n * options.seed)
             problem = NETWORKS[network](data, seed=options.seed)
-            window = Window() if options.cifar10 else WINDOWS[name]
             row = measure(problem, optimizer, window, options.out / name)
             saved["rows"][name] = row
             part = file.with_suffix(".part")

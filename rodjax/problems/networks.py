@@ -115,7 +115,7 @@ class CNN(nnx.Module):
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
         for convolution in self.convolutions:
-            x = _halved(self.activation(convolution(x)))
+            x = nnx.avg_pool(self.activation(convolution(x)), (2, 2), (2, 2))
         return self.head(jnp.reshape(x, (len(x), -1)))
 
 
@@ -195,14 +195,6 @@ def _shifted(
     weights = jnp.reshape(kernel, (-1, kernel.shape[-1]))
     stacked = jnp.concatenate(shifts, axis=-1)
     return jnp.matmul(stacked, weights, precision=given.get("precision"))
-
-
-def _halved(x: Float[Array, "n h w c"]) -> Float[Array, "n h/2 w/2 c"]:
-    """Averages of 2 x 2 pixels."""
-    n, height, width, c = x.shape
-    x = x[:, : height // 2 * 2, : width // 2 * 2]
-    blocks = jnp.reshape(x, (n, height // 2, 2, width // 2, 2, c))
-    return jnp.mean(blocks, axis=(2, 4))
 
 
 def _linear(weights: Float[Array, "fan_in fan_out"]) -> nnx.Linear:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from rodjax.problems.base import Data, Problem, check_counts, float_dtype
 from rodjax.problems.supervised import Loss, supervised
-from rodjax.problems.transformer import Transformer, initializer
+from rodjax.problems.transformer import Transformer, check_sizes, initializer
 
 
 def sequences(
@@ -122,9 +122,7 @@ def sorting(
         >>> bool(problem.metrics["accuracy"](problem.params) < 0.9)
         True
     """
-    check_counts(width=[width], depth=[depth], heads=[heads])
-    if width % heads:
-        raise ValueError(f"width={width} must be a multiple of heads={heads}.")
+    check_sizes(width, depth, heads)
     data = sequences(n, length=length, vocabulary=vocabulary, seed=seed, dtype=dtype)
 
     def build(key: Array) -> nnx.Module:

@@ -6,12 +6,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from rodjax.problems.base import check_counts
+
 EXPANSION = 2
 
 
 def initializer() -> nnx.Initializer:
     """Of weights: ``N(0, 1 / fan_in)``."""
     return nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+def check_sizes(width: int, depth: int, heads: int) -> None:
+    """Raise `ValueError` for sizes that no transformer has."""
+    check_counts(width=[width], depth=[depth], heads=[heads])
+    if width % heads:
+        raise ValueError(f"width={width} must be a multiple of heads={heads}.")
 
 
 class Block(nnx.Module):

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from rodjax.problems.base import Data, Problem, check_counts
 from rodjax.problems.supervised import Loss, image_shape, supervised
-from rodjax.problems.transformer import Transformer, initializer
+from rodjax.problems.transformer import Transformer, check_sizes, initializer
 
 
 class ViT(nnx.Module):
@@ -92,14 +92,13 @@ def vit(
         >>> problem.params["embed"]["kernel"].shape
         (16, 8)
     """
-    check_counts(patch=[patch], width=[width], depth=[depth], heads=[heads])
+    check_counts(patch=[patch])
+    check_sizes(width, depth, heads)
     image, classes = image_shape(data), data.targets.shape[-1]
     if image[0] % patch or image[1] % patch:
         raise ValueError(
             f"patch={patch} must divide the images' {image[0]} x {image[1]} pixels."
         )
-    if width % heads:
-        raise ValueError(f"width={width} must be a multiple of heads={heads}.")
 
     def build(key: Array) -> nnx.Module:
         return ViT(
