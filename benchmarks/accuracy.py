@@ -18,7 +18,6 @@ same command goes on after it was stopped.
 import argparse
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -66,27 +65,27 @@ WINDOWS: Mapping[str, Window] = {
     "mlp-rmsprop": Window(8e-4, steps=600),
     "mlp-scalar-rmsprop": Window(0.035, steps=600),
     "mlp-adam": Window(0.025, steps=600),
-    "mlp-scalar-adam": Window(1.5, 300, 600),
+    "mlp-scalar-adam": Window(0.1, 1500),
     "mlp-nadam": Window(6e-3, steps=600),
     "mlp-scalar-nadam": Window(0.45, steps=600),
     "cnn-gd": Window(0.38),
-    "cnn-heavy-ball": Window(0.7, 350),
-    "cnn-nesterov": Window(0.2),
+    "cnn-heavy-ball": Window(0.2, 500, 600),
+    "cnn-nesterov": Window(0.085, 120, 600),
     "cnn-rmsprop": Window(3e-4),
     "cnn-scalar-rmsprop": Window(0.03),
     "cnn-adam": Window(0.03),
-    "cnn-scalar-adam": Window(0.16, 500),
+    "cnn-scalar-adam": Window(0.03, 1300),
     "cnn-nadam": Window(2e-3),
     "cnn-scalar-nadam": Window(0.55),
     "vit-gd": Window(0.08),
-    "vit-heavy-ball": Window(0.11, 700),
+    "vit-heavy-ball": Window(0.14, 250, 600),
     "vit-nesterov": Window(0.065, 600),
     "vit-rmsprop": Window(3e-4, 60),
     "vit-scalar-rmsprop": Window(0.025, 60),
-    "vit-adam": Window(0.025, 100),
-    "vit-scalar-adam": Window(0.23, 400),
-    "vit-nadam": Window(3e-3, 60),
-    "vit-scalar-nadam": Window(0.35),
+    "vit-adam": Window(6e-3, 320),
+    "vit-scalar-adam": Window(0.06, 1400),
+    "vit-nadam": Window(1e-3, 220),
+    "vit-scalar-nadam": Window(0.1, 600),
 }
 SAMPLES = {"mlp": 100, "cnn": 50, "vit": 50}
 WITHOUT_MOMENTUM = ("gd", "rmsprop", "scalar-rmsprop")
@@ -126,8 +125,9 @@ def choose(dynamics: rj.Dynamics, params: Any, window: Window) -> float:
         ).sel(flow="run")
         for lr in some:
             lane = data.sel(lr=lr)
-            # Some room, since the run itself is looked at more often.
-            enough = share_at_threshold(lane.sharpness_ratio) >= 1.2 * SHARE
+            ratio = lane.sharpness_ratio
+            # Some room, since the run itself is looked at more often; not just near.
+            enough = share_at_threshold(ratio) >= 1.2 * SHARE and ratio.max() > 1
             if enough and np.isnan(float(lane.diverged_at)):
                 return float(lr)
     raise RuntimeError("no learning rate reaches the threshold for half of the steps")
@@ -184,16 +184,14 @@ def measure(problem: problems.Problem, optimizer: str, window: Window, out: Path
         paths[name] = with_curvature(path)
         summary = rj.compare(paths[name], run).summary()
         summary["seconds"] = time.perf_counter() - began
-        base = found["flows"].get("stable", summary)
-        for part in ("final", "mean"):
-            summary[part] = ratio_of(summary, base, f"{part}_distance")
         found["flows"][name] = summary
     name = f"{problem.name}, {optimizer}, lr {lr:.3g}"
     rj.plot(run, paths, name).savefig(out.with_suffix(".png"), dpi=100)
     rj.dataset(run, paths, lr=lr).to_netcdf(out.with_suffix(".nc"), engine="h5netcdf")
     # Compiled programs of all rows together exhaust the compiler's memory.
     jax.clear_caches()
-    return found
+    # JSON has no NaN.
+    return jax.tree.map(lambda x: x if math.isfinite(x) else None, found)
 
 
 def is_of(row: Mapping[str, Any] | None, window: Window) -> bool:
@@ -204,11 +202,13 @@ def is_of(row: Mapping[str, Any] | None, window: Window) -> bool:
     return (row["lr"], row["start"], row["steps"]) == (lr, *window[1:])
 
 
-def ratio_of(own: Mapping[str, float], base: Mapping[str, float], key: str) -> float:
-    """`own` relative to `base`; infinite for a flow that diverged."""
-    if not math.isnan(own["diverged_at"]):
-        return math.inf
-    return own[key] / base[key]
+def relative(row: Mapping[str, Any], flow: str) -> tuple[float, float]:
+    """Final and mean distance in units of the stable's; infinite if it diverged."""
+    own, base = row["flows"][flow], row["flows"]["stable"]
+    if own["diverged_at"] is not None:
+        return math.inf, math.inf
+    final, mean = (own[key] / base[key] for key in ("final_distance", "mean_distance"))
+    return final, mean
 
 
 def line(cells: Iterable[str]) -> str:
@@ -218,19 +218,25 @@ def line(cells: Iterable[str]) -> str:
 
 def cells(name: str, row: Mapping[str, Any]) -> list[str]:
     """One row of the table."""
+
+    def ratio(found: float | None) -> str:
+        return "-" if found is None else f"{found:.2f}"
+
+    medians = {
+        flow: ratio(own["median_sharpness_ratio"]) for flow, own in row["flows"].items()
+    }
     figures = [
-        f"{own['final']:.3f} / {own['mean']:.3f} / {own['median_sharpness_ratio']:.2f}"
-        if (own := row["flows"].get(flow))
+        "{:.3f} / {:.3f} / {}".format(*relative(row, flow), medians[flow])
+        if flow in row["flows"]
         else ""
         for flow in FLOWS
         if flow != "stable"
     ]
-    stable = row["flows"]["stable"]
     return [
         f"{name} {row['lr']:.3g}, {row['start']}+{row['steps']}",
         f"{row['share at threshold']:.2f}",
-        f"{row['highest ratio']:.2f}",
-        f"{stable['final_distance']:.3g} / {stable['median_sharpness_ratio']:.2f}",
+        ratio(row["highest ratio"]),
+        f"{row['flows']['stable']['final_distance']:.3g} / {medians['stable']}",
         *figures,
     ]
 
@@ -239,15 +245,14 @@ def conclude(rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Medians over the rows, the worst one, and the rows that do not count."""
     print(f"\nOver {len(rows)} rows, relative to the stable flow, final / mean:")
     for flow in FLOWS:
-        own = [r["flows"][flow] for r in rows.values() if flow in r["flows"]]
+        own = [relative(row, flow) for row in rows.values() if flow in row["flows"]]
         if not own or flow == "stable":
             continue
-        medians = (
-            statistics.median(o[part] for o in own) for part in ("final", "mean")
+        print(
+            "  {}: median {:.3f} / {:.3f}, worst {:.3f} / {:.3f}".format(
+                flow, *np.median(own, axis=0), *np.max(own, axis=0)
+            )
         )
-        worst = (max(o[part] for o in own) for part in ("final", "mean"))
-        texts = (" / ".join(f"{x:.3f}" for x in pair) for pair in (medians, worst))
-        print("  {}: median {}, worst {}".format(flow, *texts))
     for name, row in rows.items():
         if row["share at threshold"] < SHARE:
             print(f"{name}: only {row['share at threshold']:.0%} at the threshold")
@@ -305,7 +310,7 @@ def main() -> None:
             row = measure(problem, optimizer, window, options.out / name)
             saved["rows"][name] = row
             part = file.with_suffix(".part")
-            part.write_text(json.dumps(saved, indent=2))
+            part.write_text(json.dumps(saved, indent=1, allow_nan=False))
             part.replace(file)
         print(line(cells(name, saved["rows"][name])), flush=True)
     conclude({name: saved["rows"][name] for name in wanted})

@@ -182,6 +182,30 @@ def test_seed_is_the_least_delta(seed, least):
         assert np.all(size > 0.2 * least * norm) and np.all(size < 5 * least * norm)
 
 
+def test_default_seed_is_what_rounding_gives_one_direction():
+    for n in (4, 900):
+        dynamics = rj.dynamics(optax.sgd(0.1), lambda w: 0.5 * jnp.sum(w**2))
+        y = modulated(dynamics).init(jnp.ones(n), None, KEY)
+        share = (
+            float(optax.tree.norm(y.delta[0])) / n**0.5 / float(jnp.finfo(float).eps)
+        )
+        np.testing.assert_allclose(share, 1.0 if n == 4 else 0.1, rtol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e-7, 1e-4])
+def test_small_delta_is_not_lost_among_rounding_errors(size):
+    """The plain field is (eta H - 2) delta where c + delta = c in float32, too."""
+    slope = jnp.linspace(0.5, 4.0, 100, dtype="float32")
+    dynamics = rj.dynamics(optax.sgd, lambda w: 0.5 * w @ (slope * w))
+    flow = modulated(dynamics, bea=False, seed=0.0)
+    lr = jnp.asarray(0.5, "float32")
+    y = flow.init(jnp.ones(100, "float32"), lr, KEY)
+    delta = size * jax.random.normal(KEY, (100,), "float32")
+    field = flow.vector_field(0.0, y._replace(delta=(delta, *y.delta[1:])), lr)
+    truth = (lr * slope - 2.0) * delta
+    assert jnp.linalg.norm(field.delta[0] - truth) < 0.1 * jnp.linalg.norm(lr * delta)
+
+
 ETA = 0.3
 VALLEY = rj.problems.berthier(start=(0.0, 5.0))
 SGD = rj.dynamics(optax.sgd(ETA), VALLEY.loss)

@@ -14,6 +14,11 @@ from rodjax.window import Window, alternating, midpoint
 
 # Growth rates per step for which the scalar logarithm below is used as it is.
 SLOWEST, FASTEST = -0.3, 1.0
+# One of n directions has 1/sqrt(n) of the rounding errors, gathered over steps before
+# its onset: measured, as the share with which onsets come at the run's own steps.
+GATHERED = 3.0
+# Roundoffs of the parameters that a delta must have to be seen in their gradient.
+VISIBLE = 32.0
 
 
 class ModulatedState(NamedTuple):
@@ -54,10 +59,12 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, seed: Seed = None) -> Flo
       \dots$ with sigma the growth rate of delta, so that its growth is exact however
       violent the onset.
     - `seed`: the least size of delta in the parameters, relative to their norm; `None`
-      for the dtype's epsilon, which is what rounding gives a real run; 0 for none; or
-      a function of `lr`, such as `lambda h: h["seed_amplitude"]` in a sweep. Below it
-      delta is pushed out along itself. With momentum the floor is what the run still
-      carries (`rodjax.ringing`), if that is more.
+      for what rounding gives one direction of a real run, the dtype's epsilon times
+      3/sqrt(n), at most 1, for n parameters; 0 for none; or a function of `lr`,
+      such as `lambda h: h["seed_amplitude"]` in a sweep. Below it delta is pushed out
+      along itself. With momentum the floor is what the run still carries
+      (`rodjax.ringing`), if that is more. A delta near rounding errors is evaluated at
+      a multiple of it, where its field is still linear.
 
     **Starting points.** From scratch: c = w0 and delta a random vector of the seed's
     size. From a window: c its second-order midpoint, delta its alternating part.
@@ -74,14 +81,22 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, seed: Seed = None) -> Flo
 
     ```
     """
-    roundoff = seed_size(seed)
+    relative = seed_size(seed)
+
+    def roundoff(params: PyTree, lr: PyTree) -> Array:
+        share = min(1.0, GATHERED / optax.tree.size(params) ** 0.5)
+        return relative(params, lr) * (share if seed is None else 1.0)
 
     def raw_field(mean: State, delta: PyTree, lr: PyTree) -> tuple[State, PyTree]:
-        plus = dynamics.increment(shift(mean, delta), lr)
-        minus = dynamics.increment(shift(mean, delta, -1.0), lr)
+        reach = _reach(mean.params, delta[0])
+        plus = dynamics.increment(shift(mean, delta, reach), lr)
+        minus = dynamics.increment(shift(mean, delta, -reach), lr)
         d_mean = jax.tree.map(lambda p, m: 0.5 * (p + m), plus, minus)
         d_delta = jax.tree.map(
-            lambda p, m, d: -0.5 * (p - m) - 2.0 * d, plus.phase, minus.phase, delta
+            lambda p, m, d: -0.5 * (p - m) / reach - 2.0 * d,
+            plus.phase,
+            minus.phase,
+            delta,
         )
         return d_mean, d_delta
 
@@ -137,6 +152,16 @@ def _size(delta: PyTree, d_delta: PyTree) -> Array:
     own = optax.tree.norm(delta[0])
     kick = optax.tree.norm(optax.tree.add_scale(d_delta[0], 2.0, delta[0]))
     return jnp.maximum(jnp.hypot(own, kick), jnp.finfo(own.dtype).tiny)
+
+
+def _reach(params: PyTree, delta: PyTree) -> Array:
+    """How many delta to either side of c to evaluate: one, but for the smallest delta.
+
+    Those vanish among the rounding errors of c, and their field is linear.
+    """
+    size = optax.tree.norm(delta)
+    visible = VISIBLE * float(jnp.finfo(size.dtype).eps) * optax.tree.norm(params)
+    return jnp.maximum(visible / jnp.maximum(size, jnp.finfo(size.dtype).tiny), 1.0)
 
 
 def _lag(delta: PyTree, d_delta: PyTree) -> Array:
