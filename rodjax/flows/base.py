@@ -46,7 +46,7 @@ class Flow(NamedTuple):
     offset: float = 0.0
 
 
-def shift(state: State, phase: PyTree, scale: float = 1.0) -> State:
+def shift(state: State, phase: PyTree, scale: float | Array = 1.0) -> State:
     """`state` with `scale * phase` added to its phase part."""
     moved = jax.tree.map(lambda z, d: z + scale * d, state.phase, phase)
     return state._replace(phase=moved)
