@@ -37,7 +37,9 @@ class Metric(NamedTuple):
 
     - `init(snapshot, lr) -> carry`: what is handed from one moment to the next, such
       as an eigenvector for a warm start.
-    - `update(snapshot, carry, lr) -> (values, carry)`: named scalars, and the carry.
+    - `update(snapshot, carry, lr) -> (values, carry)`: named scalars, and the carry. A
+      value may be a whole pytree, such as `snapshot.centre`, to compute from afterwards;
+      take it out of `Trajectory.metrics` before `dataset`, which has no place for it.
     """
 
     init: Callable[[Snapshot, PyTree], Any]
@@ -52,7 +54,7 @@ class Trajectory(NamedTuple):
     - `params`: the centre's parameters, each leaf [T, ...]: a flow's centre, a run's
       second-order midpoints. A projection of them if one was asked for.
     - `ends`: likewise [T, m, ...]: for a run m = 2, the iterates w[t] and w[t+1].
-    - `metrics`: name -> [T].
+    - `metrics`: name -> [T]; of a metric's pytree each leaf [T, ...].
     - `final`: the state to go on from: a flow's own state, a run's `Window`. Of a lane
       that diverged, the last finite one.
     - `evaluations`: update-map evaluations spent, []; NaN for a solver whose stages
