@@ -38,7 +38,7 @@ class Metric(NamedTuple):
     - `init(snapshot, lr) -> carry`: what is handed from one moment to the next, such
       as an eigenvector for a warm start.
     - `update(snapshot, carry, lr) -> (values, carry)`: named scalars, and the carry. A
-      value may be a whole pytree, such as `snapshot.centre`, to compute from afterwards;
+      value may be a whole pytree, such as `snapshot.centre`, to compute from later;
       take it out of `Trajectory.metrics` before `dataset`, which has no place for it.
     """
 
