@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -95,6 +96,14 @@ def start(*words):
         )
     process.save = save
     return process
+
+
+@functools.cache
+def alone(*words):
+    """What one device in one process comes to."""
+    with tempfile.TemporaryDirectory() as folder:
+        wait([start("--save", folder, *words)])
+        return saved(Path(folder))
 
 
 def log(save):

@@ -1,9 +1,6 @@
 """Sweeps over several devices and processes give the bits of one, without waiting."""
 
-import functools
 import socket
-import tempfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +12,6 @@ from rodjax.sweeps.program import check_threads
 
 #: 15 lanes by 2 on each of 4 devices at a time, and in 4 chunks of time.
 WIDE, CHUNKS = ("--lane-chunk", 8), 8
-
-
-@functools.cache
-def alone(*words):
-    """What one device in one process comes to."""
-    with tempfile.TemporaryDirectory() as folder:
-        worker.wait([worker.start("--save", folder, "--devices", 1, *words)])
-        return worker.saved(Path(folder))
 
 
 def near(found, expected):
@@ -45,7 +34,7 @@ def apart(lines, calls, lanes):
 
 def test_lanes_diverge_and_stay():
     """What is compared below is not empty on either side."""
-    lost = np.isfinite(alone()["diverged_at"])
+    lost = np.isfinite(worker.alone()["diverged_at"])
     assert lost[0].any() and not lost[0].all()
 
 
@@ -57,8 +46,8 @@ def test_four_devices(tmp_path, words, calls, lanes):
     worker.wait([worker.start("--save", tmp_path, "--devices", 4, *words)])
     found = worker.saved(tmp_path)
     if lanes == 2:
-        worker.same_bits(found, alone("--lane-chunk", "2"))
-    near(found, alone())
+        worker.same_bits(found, worker.alone("--lane-chunk", "2"))
+    near(found, worker.alone())
     apart(worker.said(tmp_path), calls, lanes)
 
 
@@ -84,7 +73,7 @@ def test_two_processes(tmp_path):
     assert not (out / "result.nc").exists()
 
     worker.wait(pair(second, out, out, worker.NONE))
-    expected = alone("--lane-chunk", "2")
+    expected = worker.alone("--lane-chunk", "2")
     for i in (0, 1):
         for sweep in range(3):
             worker.same_bits(worker.saved(second / str(i), sweep), expected)
