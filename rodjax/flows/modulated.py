@@ -81,11 +81,11 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, seed: Seed = None) -> Flo
 
     ```
     """
-    relative = seed_size(seed)
+    least = seed_size(seed)
 
     def roundoff(params: PyTree, lr: PyTree) -> Array:
         share = min(1.0, GATHERED / optax.tree.size(params) ** 0.5)
-        return relative(params, lr) * (share if seed is None else 1.0)
+        return least(params, lr) * (share if seed is None else 1.0)
 
     def raw_field(mean: State, delta: PyTree, lr: PyTree) -> tuple[State, PyTree]:
         reach = _reach(mean.params, delta[0])
@@ -160,8 +160,10 @@ def _reach(params: PyTree, delta: PyTree) -> Array:
     Those vanish among the rounding errors of c, and their field is linear.
     """
     size = optax.tree.norm(delta)
-    visible = VISIBLE * float(jnp.finfo(size.dtype).eps) * optax.tree.norm(params)
-    return jnp.maximum(visible / jnp.maximum(size, jnp.finfo(size.dtype).tiny), 1.0)
+    epsilon, tiny = jnp.finfo(size.dtype).eps, jnp.finfo(size.dtype).tiny
+    visible = VISIBLE * float(epsilon) * optax.tree.norm(params)
+    # No more, lest a delta of zero gets an infinite one.
+    return jnp.clip(visible / jnp.maximum(size, tiny), 1.0, 1.0 / float(epsilon))
 
 
 def _lag(delta: PyTree, d_delta: PyTree) -> Array:
