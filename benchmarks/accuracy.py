@@ -150,7 +150,7 @@ def measure(problem: problems.Problem, optimizer: str, window: Window, out: Path
     @jax.jit
     def curvature(states: rj.State) -> dict[str, jax.Array]:
         def at(guess, state):
-            top = rj.sharpness_ratio(dynamics, state, lr, guess)
+            top = rj.sharpness_ratio(dynamics, state, lr=lr, guess=guess)
             accuracy = problem.metrics["accuracy"](state.params)
             return top.vector, {"sharpness_ratio": top.value, "accuracy": accuracy}
 

@@ -22,7 +22,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 import rodjax as rj
-from rodjax.transforms import dal
+from rodjax.transforms import _dal as dal
 
 POWERS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 RATES = (0.3, 0.6, 1.0, 1.2, 1.5, 1.7, 1.9, 2.0, 5.0)

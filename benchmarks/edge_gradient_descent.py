@@ -43,7 +43,7 @@ def train(name: str, steps: int) -> list[dict[str, Any]]:
         def body(carry, _):
             params, state, vector = carry
             value, grad = jax.value_and_grad(problem.loss)(params)
-            pair = rj.sharpness(problem.loss, params, vector, tol=1e-4)
+            pair = rj.sharpness(problem.loss, params, guess=vector, tol=1e-4)
             updates, state = optimizer.update(
                 grad, state, params, value_fn=problem.loss
             )

@@ -85,7 +85,7 @@ def finely(flow: rj.flows.Flow, params: Any, lr: float, steps: int) -> np.ndarra
         t0=0.0,
         t1=float(steps),
         dt0=0.01,
-        y0=flow.init(params, lr, jax.random.key(0)),
+        y0=flow.init(params, lr=lr, key=jax.random.key(0)),
         args=lr,
         saveat=saved,
         stepsize_controller=diffrax.PIDController(rtol=1e-8, atol=1e-10),

@@ -21,7 +21,7 @@ import jax
 import optax
 
 import rodjax as rj
-from rodjax import choices
+from rodjax.cli import _names as choices
 
 LR, START, STEPS, SUBSTEPS = 0.6, 20, 240, 4
 REPEATS = 7

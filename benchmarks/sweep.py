@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 import rodjax as rj
-from rodjax.sweeps import program
+from rodjax.sweeps import _program as program
 
 START, STEPS, SUBSTEPS, REPEATS = 20, 240, 4, 3
 

@@ -1,36 +1,64 @@
 """Continuous-time models of gradient descent, momentum and Adam at the edge of
 stability: flows of any Optax optimizer, solved with diffrax."""
 
-from rodjax import flows, problems, transforms
-from rodjax.coefficients import stability_coefficients
-from rodjax.compare import Comparison, compare
+from rodjax import (
+    curvature,
+    flows,
+    linalg,
+    optimizer,
+    problems,
+    report,
+    solve,
+    sweeps,
+    transforms,
+)
 from rodjax.curvature import (
-    edge_of_stability,
     hessian_eigenpairs,
     hvp,
     preconditioned_eigenpairs,
     sharpness,
     sharpness_ratio,
-    spectrum,
     third_derivative,
 )
-from rodjax.dynamics import Dynamics, State, dynamics
-from rodjax.eigen import Eigenpair, Eigenpairs, top_eigenpair, top_eigenpairs
-from rodjax.integrate import descend, integrate
-from rodjax.plotting import plot
-from rodjax.results import dataset
-from rodjax.ringing import Ringing, ringing
-from rodjax.stability import coordinate_thresholds, threshold
-from rodjax.sweeps import plot_lanes, plot_sweep, sweep
-from rodjax.trajectory import Metric, Snapshot, Trajectory, monitor
-from rodjax.window import Window, alternating, half_step_midpoint, midpoint, warm_up
+from rodjax.flows import Flow, Ringing, ringing
+from rodjax.linalg import Eigenpair, Eigenpairs, top_eigenpair, top_eigenpairs
+from rodjax.optimizer import (
+    Dynamics,
+    State,
+    Window,
+    alternating,
+    coordinate_thresholds,
+    dynamics,
+    half_step_midpoint,
+    midpoint,
+    threshold,
+    warm_up,
+)
+from rodjax.report import dataset, plot, plot_lanes, plot_sweep
+from rodjax.solve import (
+    Comparison,
+    Metric,
+    Reached,
+    Snapshot,
+    Trajectory,
+    compare,
+    descend,
+    edge_of_stability,
+    integrate,
+    monitor,
+    spectrum,
+    stability_coefficients,
+)
+from rodjax.sweeps import sweep
 
 __all__ = [
     "Comparison",
     "Dynamics",
     "Eigenpair",
     "Eigenpairs",
+    "Flow",
     "Metric",
+    "Reached",
     "Ringing",
     "Snapshot",
     "State",
@@ -39,6 +67,7 @@ __all__ = [
     "alternating",
     "compare",
     "coordinate_thresholds",
+    "curvature",
     "dataset",
     "descend",
     "dynamics",
@@ -48,19 +77,24 @@ __all__ = [
     "hessian_eigenpairs",
     "hvp",
     "integrate",
+    "linalg",
     "midpoint",
     "monitor",
+    "optimizer",
     "plot",
     "plot_lanes",
     "plot_sweep",
     "preconditioned_eigenpairs",
     "problems",
+    "report",
     "ringing",
     "sharpness",
     "sharpness_ratio",
+    "solve",
     "spectrum",
     "stability_coefficients",
     "sweep",
+    "sweeps",
     "third_derivative",
     "threshold",
     "top_eigenpair",

@@ -149,7 +149,7 @@ def main(args):
     """Sweep into every `out` and save what was returned."""
     import jax
 
-    from rodjax.sweeps import program
+    from rodjax.sweeps import _program as program
 
     jax.config.update("jax_enable_x64", True)
     if args.processes > 1:

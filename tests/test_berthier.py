@@ -7,11 +7,11 @@ import optax
 import pytest
 
 import rodjax as rj
-from rodjax.flows import central, covariance, edge, modulated, rod
-from rodjax.flows.covariance import CovarianceState
-from rodjax.flows.edge import EdgeState
-from rodjax.flows.modulated import ModulatedState
-from rodjax.flows.rod import RodState
+from rodjax.flows import _central as central, _covariance as covariance, _edge as edge, _modulated as modulated, _rod as rod
+from rodjax.flows import CovarianceState
+from rodjax.flows import EdgeState
+from rodjax.flows import ModulatedState
+from rodjax.flows import RodState
 from rodjax.transforms import edge_gradient_descent
 
 ETA, EPS, ZETA = 0.3, 0.01, 1.0

@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from scipy.linalg import eigh
 
 import rodjax as rj
-from rodjax.flows import central
+from rodjax.flows import _central as central
 from rodjax.transforms import scalar_rmsprop
 
 cvxpy = pytest.importorskip("cvxpy")
@@ -205,7 +205,7 @@ def test_field_is_the_dense_one(name):
 def test_starts_at_the_moments_the_next_step_divides_by():
     rms = rj.dynamics(optax.rmsprop(0.01, DECAY, EPS), bent)
     begin = rj.warm_up(rms, POINT, 5)
-    y = central(rms).init(begin, None, KEY)
+    y = central(rms).init(begin, lr=None, key=KEY)
     after = lambda k: ravel_pytree(begin.at(k).slow)[0]
     expected = (after(0) + 2 * after(1) + after(2)) / 4
     np.testing.assert_allclose(ravel_pytree(y.mean.slow)[0], expected, rtol=1e-12)
@@ -222,7 +222,7 @@ def test_lanes_with_and_without_an_edge_share_a_program():
 
     @jax.jit
     def look(y, lr):
-        ends, report = flow.observe(y, lr)
+        ends, report = flow.observe(y, lr=lr)
         apart = jnp.max(jnp.std(ends["layers"][0]["bias"], 0))
         return flow.vector_field(0.0, y, lr), apart, report
 

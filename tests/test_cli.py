@@ -7,7 +7,7 @@ import pytest
 import xarray
 from typer.testing import CliRunner
 
-from rodjax import choices
+from rodjax.cli import _names as choices
 from rodjax.cli import app
 
 FAST = ["--problem", "scalar-factorization", "--lr", "0.2", "--start", "3"]

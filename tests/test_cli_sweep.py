@@ -10,8 +10,8 @@ import xarray
 from typer.testing import CliRunner
 
 import rodjax as rj
-from rodjax import choices
-from rodjax.cli import app, axes
+from rodjax.cli import _names as choices
+from rodjax.cli import _axes as axes, app
 
 FAST = ["--problem", "scalar-factorization", "--flows", "modulated", "--start", "2"]
 FAST += ["--steps", "8", "--every", "4"]

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import rodjax as rj
-from rodjax.coefficients import principal_coefficient
+from rodjax.flows import principal_coefficient
 
 coefficient = jax.jit(principal_coefficient)
 # On either side of every change of formula, of sign and of branch.

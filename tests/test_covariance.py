@@ -8,8 +8,8 @@ import pytest
 from scipy.linalg import expm
 
 import rodjax as rj
-from rodjax.flows import covariance
-from rodjax.flows.covariance import CovarianceState
+from rodjax.flows import _covariance as covariance
+from rodjax.flows import CovarianceState
 
 KEY = jax.random.key(0)
 ETA = 0.55
@@ -20,7 +20,7 @@ W = jnp.array([0.6, -0.4, 0.3])
 
 
 def at(dynamics, w, rows, lr=None):
-    return CovarianceState(dynamics.init(w, lr), jnp.asarray(rows))
+    return CovarianceState(dynamics.init(w, lr=lr), jnp.asarray(rows))
 
 
 def field(flow, y):
@@ -172,7 +172,7 @@ def test_rate_follows_a_schedule():
 
 def test_ends_have_the_covariance():
     rows = 0.2 * jax.random.normal(KEY, (2, 3))
-    ends, report = covariance(BOWL).observe(at(BOWL, W, rows), None)
+    ends, report = covariance(BOWL).observe(at(BOWL, W, rows), lr=None)
     np.testing.assert_allclose(jnp.mean(ends, 0), W, rtol=1e-14)
     apart = np.asarray(ends - W[None])
     np.testing.assert_allclose(apart.T @ apart / 4, rows.T @ rows, rtol=1e-12)
@@ -184,7 +184,7 @@ def test_ends_have_the_covariance():
 
 def test_starts_from_the_windows_alternation():
     window = rj.warm_up(BOWL, W, steps=5)
-    y = covariance(BOWL, rank=2).init(window, None, KEY)
+    y = covariance(BOWL, rank=2).init(window, lr=None, key=KEY)
     np.testing.assert_array_equal(y.mean.params, rj.midpoint(window).params)
     np.testing.assert_allclose(y.factor[0], rj.alternating(window).params, rtol=1e-12)
     tiny = 2.0**-52 * np.linalg.norm(y.mean.params)
@@ -194,7 +194,7 @@ def test_starts_from_the_windows_alternation():
 def test_rank_is_at_most_the_number_of_parameters():
     begin = {"a": W[:2], "b": W[2]}
     dynamics = rj.dynamics(optax.sgd(0.1), lambda p: jnp.sum(p["a"] ** 2) * p["b"])
-    y = covariance(dynamics, rank=5).init(begin, None, KEY)
+    y = covariance(dynamics, rank=5).init(begin, lr=None, key=KEY)
     shapes = jax.tree.map(jnp.shape, y.factor)
     assert shapes == {"a": (3, 2), "b": (3,)}
 
@@ -215,7 +215,7 @@ def test_refuses_other_optimizers(optimizer):
     flow = covariance(rj.dynamics(optimizer, BENT))
     message = "covariance models gradient descent only.*use rodjax.flows.stable, rod"
     with pytest.raises(ValueError, match=message) as caught:
-        flow.init(W, None, KEY)
+        flow.init(W, lr=None, key=KEY)
     assert all(name in str(caught.value) for name in ("modulated", "edge", "central"))
 
 

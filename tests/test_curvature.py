@@ -8,7 +8,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import rodjax as rj
-from rodjax.eigen import DENSE
+from rodjax.linalg import DENSE
 
 
 def tanh_loss(params):
@@ -63,7 +63,7 @@ def test_sharpness_of_a_pytree(guess):
     params = tanh_params()
     assert ravel_pytree(params)[0].size < DENSE
     start = optax.tree.ones_like(params) if guess == "given" else None
-    pair = rj.sharpness(tanh_loss, params, start)
+    pair = rj.sharpness(tanh_loss, params, guess=start)
     truth = np.linalg.eigvalsh(dense_hessian(tanh_loss, params))
     np.testing.assert_allclose(pair.value, truth[-1], rtol=1e-12)
     assert jax.tree.map(jnp.shape, pair.vector) == jax.tree.map(jnp.shape, params)
@@ -126,7 +126,7 @@ def test_hessian_eigenpairs_of_a_nested_pytree():
 def test_preconditioned_eigenpairs_against_the_dense_matrix(optimizer):
     params, lr, k = net_params(), 0.01, 3
     dynamics = rj.dynamics(getattr(optax, optimizer), net_loss)
-    state = dynamics.init(params, lr)
+    state = dynamics.init(params, lr=lr)
     update = jax.jit(dynamics.update)
     for _ in range(5):
         state = update(state, lr)
@@ -134,9 +134,9 @@ def test_preconditioned_eigenpairs_against_the_dense_matrix(optimizer):
     @jax.jit
     def solve(state):
         return (
-            rj.preconditioned_eigenpairs(dynamics, state, k, lr),
-            rj.sharpness_ratio(dynamics, state, lr),
-            ravel_pytree(rj.coordinate_thresholds(dynamics, state, lr))[0],
+            rj.preconditioned_eigenpairs(dynamics, state, k, lr=lr),
+            rj.sharpness_ratio(dynamics, state, lr=lr),
+            ravel_pytree(rj.coordinate_thresholds(dynamics, state, lr=lr))[0],
         )
 
     pairs, one, edges = solve(state)
@@ -171,7 +171,7 @@ def test_an_impossible_number_of_eigenpairs_is_named(k):
 def test_a_guess_of_another_shape_is_named():
     params = tanh_params()
     with pytest.raises(ValueError, match="leading axis k = 2"):
-        rj.hessian_eigenpairs(tanh_loss, params, 2, params)
+        rj.hessian_eigenpairs(tanh_loss, params, 2, guess=params)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

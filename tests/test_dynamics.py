@@ -10,7 +10,7 @@ import pytest
 from jax.tree_util import keystr, tree_leaves_with_path
 
 import rodjax as rj
-from rodjax.dynamics import merge, split_like
+from rodjax.optimizer import merge, split_like
 
 PARAMS = {"a": jnp.array([[0.3, -0.2], [0.5, 1.0]]), "b": jnp.array([0.1, -0.4])}
 COSINE = optax.cosine_decay_schedule(0.1, 30)
@@ -243,7 +243,7 @@ def test_optimizer_of_a_wrong_type(optimizer):
 @pytest.mark.parametrize(
     "use",
     [
-        lambda d, lr: d.init(PARAMS, lr),
+        lambda d, lr: d.init(PARAMS, lr=lr),
         lambda d, lr: rj.descend(d, PARAMS, 2, lr=lr),
         lambda d, lr: rj.threshold(d, PARAMS, lr=lr),
     ],
@@ -275,8 +275,8 @@ def test_dtypes_are_kept_and_clocks_count_in_floats(dtype, factory):
     scheduled = lambda lr: factory(lambda count: lr / (1.0 + count))
     params = optax.tree.cast(PARAMS, dtype)
     dynamics = rj.dynamics(scheduled, loss)
-    lr = dynamics.cast(params, 0.1)
-    state = dynamics.init(params, lr)
+    lr = dynamics.cast(params, lr=0.1)
+    state = dynamics.init(params, lr=lr)
     for _ in range(3):
         new = dynamics.update(state, lr)
         same = lambda x, y: x.dtype == y.dtype and not y.weak_type

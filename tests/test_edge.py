@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import rodjax as rj
-from rodjax.flows import edge
-from rodjax.flows.edge import EdgeState
+from rodjax.flows import _edge as edge
+from rodjax.flows import EdgeState
 from rodjax.transforms import edge_gradient_descent, scalar_adam
 
 KEY = jax.random.key(0)
@@ -22,7 +22,7 @@ unit = lambda v: v / np.linalg.norm(v)
 
 def state(dynamics, w, direction, radius, lr):
     """An edge state whose direction is in the parameters alone."""
-    mean = dynamics.init(w, lr)
+    mean = dynamics.init(w, lr=lr)
     rest = optax.tree.zeros_like(mean.phase[1:])
     return EdgeState(mean, (jnp.asarray(direction), *rest), jnp.asarray(radius))
 
@@ -83,7 +83,7 @@ def test_seed_floor_holds(seed, relative):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_without_a_seed_the_radius_vanishes_and_nothing_breaks(dtype):
     flow, lr = edge(BOWL, seed=0.0), jnp.asarray(0.2, dtype)
-    y = heun(flow)(flow.init(ONES.astype(dtype), lr, KEY), lr, 4000)
+    y = heun(flow)(flow.init(ONES.astype(dtype), lr=lr, key=KEY), lr, 4000)
     np.testing.assert_allclose(optax.tree.norm(y.direction), 1.0, rtol=1e-3)
     assert y.radius == 0.0 and bool(jnp.all(jnp.isfinite(y.mean.params)))
 
@@ -92,7 +92,7 @@ def test_starts_at_zero_with_a_direction():
     """The parameters may be zero, as for a linear model, and move from there."""
     dynamics = rj.dynamics(optax.sgd(0.6), lambda w: BOWL.loss(w - 1.0))
     flow = edge(dynamics)
-    y = heun(flow)(flow.init(jnp.zeros(3), None, KEY), None, 160)
+    y = heun(flow)(flow.init(jnp.zeros(3), lr=None, key=KEY), None, 160)
     np.testing.assert_allclose(np.abs(y.direction[0]), [1, 0, 0], atol=1e-8)
     # The floor, of size eps, has been grown from, at eta S - 2 = 0.4.
     assert 1e-10 < float(y.radius) < 1e-7
@@ -134,7 +134,7 @@ def test_momentum_against_the_dense_map(nesterov, ratio):
     lr = ratio * (2 + 2 * beta) / ((1 + 2 * beta) if nesterov else 1.0) / top
     dynamics = rj.dynamics(optax.sgd(lr, momentum=beta, nesterov=nesterov), TILTED)
     matrix = heavy_ball_map(lr, beta, nesterov)
-    mean = dynamics.init(jnp.array([0.3, -0.2, 0.5]), None)
+    mean = dynamics.init(jnp.array([0.3, -0.2, 0.5]), lr=None)
     values, vectors = map(np.real, np.linalg.eig(matrix))
     first = np.argmax(values.real)
     for u in (unit(np.arange(1.0, 7.0)), unit(vectors[:, first].real)):
@@ -158,7 +158,7 @@ def test_momentum_finds_its_unstable_direction():
     dynamics = rj.dynamics(optax.sgd(lr, momentum=beta), TILTED)
     values = np.linalg.eigvals(heavy_ball_map(lr, beta, nesterov=False))
     flow, solve = edge(dynamics), heun(edge(dynamics))
-    before = solve(flow.init(ONES, None, KEY), None, 1600)
+    before = solve(flow.init(ONES, lr=None, key=KEY), None, 1600)
     after = solve(before, None, 200)
     growth = np.log(after.radius / before.radius) / 50
     np.testing.assert_allclose(growth, values.real.max() - 1.0, rtol=1e-3)
@@ -173,7 +173,7 @@ def test_rmsprop_against_the_dense_map(w):
     lr, decay, eps = 0.5, 0.9, 1e-8
     dynamics = rj.dynamics(optax.rmsprop(lr, decay=decay, eps=eps), TILTED)
     nu, w = np.array([0.2, 0.5, 1.0]), np.asarray(w)
-    mean = dynamics.init(jnp.asarray(w), None)
+    mean = dynamics.init(jnp.asarray(w), lr=None)
     mean = mean._replace(slow=jax.tree.map(lambda _: jnp.asarray(nu), mean.slow))
     g = HESSIAN @ w
     root = np.sqrt(decay * nu + (1 - decay) * g**2 + eps)
@@ -203,7 +203,7 @@ def test_marginal_exactly_at_the_threshold(beta, nesterov):
     lr, top = jnp.asarray(0.05), rj.threshold(plain, ONES, lr=0.05)
     slopes = top * jnp.array([1.0, 0.5, 0.1])
     dynamics = rj.dynamics(build, lambda w: 0.5 * w @ (slopes * w))
-    mean = dynamics.init(jnp.zeros(3), lr)
+    mean = dynamics.init(jnp.zeros(3), lr=lr)
     u = np.array([1.0, 0.0, 0.0])
     u = np.concatenate([u, -top / (1.0 + beta) * u]) if beta else u
     y = EdgeState(mean, phase_of(mean, unit(u)), jnp.asarray(1.0))
@@ -219,7 +219,7 @@ def test_dead_coordinates_give_no_nan(build):
     dynamics = rj.dynamics(build(0.01), loss)
     start = {"used": jnp.array(1.0), "idle": jnp.array([1.0, -2.0])}
     flow = edge(dynamics)
-    y = heun(flow)(flow.init(start, None, KEY), None, 20)
+    y = heun(flow)(flow.init(start, lr=None, key=KEY), None, 20)
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(y))
     assert 0.9 < float(y.mean.params["used"]) < 0.99
     np.testing.assert_array_equal(y.mean.params["idle"], start["idle"])
@@ -238,7 +238,7 @@ def test_first_order_in_the_learning_rate(build):
     for lr, steps in zip(rates, (20, 40, 80), strict=True):
         run = partial(rj.warm_up, dynamics, ONES, lr=lr)
         begin, end = run(steps // 5), run(steps // 5 + steps)
-        y = solve(flow.init(begin, jnp.asarray(lr), KEY), lr, 4 * steps)
+        y = solve(flow.init(begin, lr=jnp.asarray(lr), key=KEY), lr, 4 * steps)
         errors.append(np.linalg.norm(y.mean.params - rj.midpoint(end).params))
     slope = np.polyfit(np.log(rates), np.log(errors), 1)[0]
     assert abs(slope - 1.0) < 0.2, errors
@@ -276,7 +276,7 @@ def test_two_gradients_and_one_product():
         return TILTED(w)
 
     flow = edge(rj.dynamics(optax.sgd(0.1), counted))
-    y = flow.init(ONES, None, KEY)
+    y = flow.init(ONES, lr=None, key=KEY)
     jax.effects_barrier()
     before = count[0]
     jax.block_until_ready(flow.vector_field(0.0, y, None))
@@ -290,7 +290,7 @@ def test_holds_the_edge_on_digits():
     dynamics = rj.dynamics(optax.sgd(0.6), problem.loss)
     window = rj.warm_up(dynamics, problem.params, steps=20)
     flow = edge(dynamics)
-    y, solve = flow.init(window, None, KEY), heun(flow)
+    y, solve = flow.init(window, lr=None, key=KEY), heun(flow)
     ratio = jax.jit(lambda w: 0.3 * rj.sharpness(problem.loss, w, tol=1e-3).value)
     late = []
     for quarters in (1440, 120, 120):

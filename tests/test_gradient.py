@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import rodjax as rj
-from rodjax.flows import gradient, igr, stable, third_order
+from rodjax.flows import _gradient as gradient, _stable as stable, igr, third_order
 
 FLOWS = {"gradient": gradient, "igr": igr, "third_order": third_order}
 KEY = jax.random.key(0)
@@ -54,7 +54,7 @@ def solve(flow, start, lr, steps, substeps=32):
         y = jax.lax.fori_loop(0, substeps, substep, y)
         return y, y
 
-    return jax.lax.scan(step, flow.init(start, lr, KEY), None, steps)[1]
+    return jax.lax.scan(step, flow.init(start, lr=lr, key=KEY), None, steps)[1]
 
 
 @lru_cache
@@ -123,8 +123,8 @@ def test_quadratic_in_closed_form(name):
 def test_gradient_is_the_stable_flow():
     for optimizer in (optax.sgd(0.1), optax.sgd(optax.linear_schedule(0.2, 0.0, 5))):
         dynamics = rj.dynamics(optimizer, loss)
-        y = gradient(dynamics).init(START, None, KEY)
-        chex.assert_trees_all_equal(y, stable(dynamics).init(START, None, KEY))
+        y = gradient(dynamics).init(START, lr=None, key=KEY)
+        chex.assert_trees_all_equal(y, stable(dynamics).init(START, lr=None, key=KEY))
         y = y._replace(clock=optax.tree.full_like(y.clock, 2.3))
         fields = (f(dynamics).vector_field(0.0, y, None) for f in (gradient, stable))
         chex.assert_trees_all_equal(*fields)
@@ -143,7 +143,7 @@ def test_differentiations_made(name, count):
 
     flow = FLOWS[name](rj.dynamics(optax.sgd, counted))
     lr = jnp.asarray(0.01)
-    y = flow.init(START, lr, KEY)
+    y = flow.init(START, lr=lr, key=KEY)
     jax.effects_barrier()
     before = seen[0]
     jax.block_until_ready(flow.vector_field(0.0, y, lr))
@@ -201,11 +201,11 @@ def test_refuses_other_optimizers(build):
 )
 def test_serves_gradient_descent_in_disguise(name, build):
     flow = FLOWS[name](rj.dynamics(build, loss))
-    y = flow.init(START, jnp.asarray(0.1), KEY)
+    y = flow.init(START, lr=jnp.asarray(0.1), key=KEY)
     field = flow.vector_field(0.0, y, jnp.asarray(0.1))
     plain = flow_of(name)
     rate = 0.05 if "scale" in build.__code__.co_names else 0.1
-    y = plain.init(START, jnp.asarray(rate), KEY)
+    y = plain.init(START, lr=jnp.asarray(rate), key=KEY)
     truth = plain.vector_field(0.0, y, jnp.asarray(rate))
     chex.assert_trees_all_close(field.params, truth.params, rtol=1e-12)
 
@@ -214,5 +214,5 @@ def test_serves_gradient_descent_in_disguise(name, build):
 def test_starts_at_the_midpoint_of_a_window(name):
     window = rj.warm_up(SGD, START, steps=5, lr=0.05)
     flow = flow_of(name)
-    begin = flow.centre(flow.init(window, jnp.asarray(0.05), KEY)).params
+    begin = flow.centre(flow.init(window, lr=jnp.asarray(0.05), key=KEY)).params
     chex.assert_trees_all_equal(begin, rj.midpoint(window).params)

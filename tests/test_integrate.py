@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import rodjax as rj
-from rodjax.flows import modulated, rod, stable
+from rodjax.flows import _modulated as modulated, _rod as rod, _stable as stable
 
 START = {"a": jnp.array([0.8, -0.6]), "b": jnp.array(1.1)}
 # With the second it escapes: a run some steps after its first window; the stable
@@ -223,7 +223,7 @@ def test_going_on_from_a_window_is_one_run():
 
 def test_key_is_the_direction_of_the_seed():
     flow, lr = MODULATED, jnp.asarray(0.3)
-    y = [flow.init(START, lr, jax.random.key(i)) for i in (0, 0, 1)]
+    y = [flow.init(START, lr=lr, key=jax.random.key(i)) for i in (0, 0, 1)]
     chex.assert_trees_all_equal(y[0], y[1])
     chex.assert_trees_all_equal(y[0].mean, y[2].mean)
     size = [float(optax.tree.norm(z.delta[0])) for z in y]

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import rodjax as rj
-from rodjax.flows import modulated
-from rodjax.flows.base import shift
+from rodjax.flows import _modulated as modulated
+from rodjax.flows import shift
 from rodjax.transforms import scalar_adam, scalar_nadam, scalar_rmsprop
 
 OPTIMIZERS = {
@@ -67,7 +67,7 @@ def test_split_is_exact(name):
             both.append((shift(y1.mean, y1.delta, -side), jumped))
         return both
 
-    y = flow.init(rj.warm_up(dynamics, START, steps=9), None, KEY)
+    y = flow.init(rj.warm_up(dynamics, START, steps=9), lr=None, key=KEY)
     noise = optax.tree.random_like(KEY, y.delta)
     assert bool(jnp.isfinite(y.memory))
     # The push up to what momentum still carries is no part of the split.
@@ -87,7 +87,7 @@ def test_unit_steps_are_the_run(name):
     dynamics = rj.dynamics(OPTIMIZERS[name], quartic)
     flow = modulated(dynamics, bea=False, seed=0.0)
     begin = rj.warm_up(dynamics, START, steps=4)
-    y = flow.init(begin, None, KEY)
+    y = flow.init(begin, lr=None, key=KEY)
     # The window's split need not sum to the iterate; make delta so that it does.
     delta = optax.tree.sub(begin.at(0).phase, y.mean.phase)
     y = y._replace(delta=delta, memory=jnp.zeros(()))
@@ -112,7 +112,7 @@ def plucked(**options):
     flow = modulated(BOWL, seed=0.0, **options)
 
     def init(start, lr, key):
-        y = flow.init(ONES, lr, key)
+        y = flow.init(ONES, lr=lr, key=key)
         return y._replace(delta=(start, *y.delta[1:]))
 
     return flow._replace(init=init)
@@ -173,7 +173,7 @@ def test_seed_is_the_least_delta(seed, least):
     if not seed:
         # To rounding: compiled together, the two ends may be rounded differently.
         assert np.all(size < 1e-15 * norm[0])
-        y = flow.init(ONES, jnp.asarray(0.3), KEY)
+        y = flow.init(ONES, lr=jnp.asarray(0.3), key=KEY)
         with jax.disable_jit():
             field = flow.vector_field(0.0, y, jnp.asarray(0.3))
         assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(field.delta))
@@ -185,7 +185,7 @@ def test_seed_is_the_least_delta(seed, least):
 def test_default_seed_is_what_rounding_gives_one_direction():
     for n in (4, 900):
         dynamics = rj.dynamics(optax.sgd(0.1), lambda w: 0.5 * jnp.sum(w**2))
-        y = modulated(dynamics).init(jnp.ones(n), None, KEY)
+        y = modulated(dynamics).init(jnp.ones(n), lr=None, key=KEY)
         share = (
             float(optax.tree.norm(y.delta[0])) / n**0.5 / float(jnp.finfo(float).eps)
         )
@@ -199,7 +199,7 @@ def test_small_delta_is_not_lost_among_rounding_errors(size):
     dynamics = rj.dynamics(optax.sgd, lambda w: 0.5 * w @ (slope * w))
     flow = modulated(dynamics, bea=False, seed=0.0)
     lr = jnp.asarray(0.5, "float32")
-    y = flow.init(jnp.ones(100, "float32"), lr, KEY)
+    y = flow.init(jnp.ones(100, "float32"), lr=lr, key=KEY)
     delta = size * jax.random.normal(KEY, (100,), "float32")
     field = flow.vector_field(0.0, y._replace(delta=(delta, *y.delta[1:])), lr)
     truth = (lr * slope - 2.0) * delta

@@ -13,7 +13,7 @@ from scipy.signal import correlate2d
 from scipy.special import erf, softmax
 
 import rodjax as rj
-from rodjax.problems import clusters, cnn, mlp, sequences, sorting, supervised, vit
+from rodjax.problems import _sorting as sorting, _supervised as supervised, clusters, cnn, mlp, sequences, vit
 
 IMAGES = {"shape": (4, 4, 2), "classes": 3, "noise": 0.5}
 

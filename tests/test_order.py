@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import rodjax as rj
-from rodjax.flows import edge, igr, modulated, rod, stable
+from rodjax.flows import _edge as edge, _modulated as modulated, _rod as rod, _stable as stable, igr
 
 FLOWS = {
     "stable": stable,

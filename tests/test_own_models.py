@@ -46,7 +46,7 @@ def of_linen():
             return nn.Dense(3, param_dtype=float)(x)
 
     net = Net()
-    params = net.init(KEY, DATA.inputs)["params"]
+    params = net.init(KEY, lr=DATA.inputs)["params"]
     return lambda params: half_square(
         net.apply({"params": params}, DATA.inputs)
     ), params

@@ -11,8 +11,8 @@ import pytest
 from test_gradient import solve
 
 import rodjax as rj
-from rodjax.flows import gradient, igr, principal
-from rodjax.flows.principal import PrincipalState
+from rodjax.flows import _gradient as gradient, _principal as principal, igr
+from rodjax.flows import PrincipalState
 
 FLOWS = {"principal": principal, "igr": igr, "gradient": gradient}
 KEY = jax.random.key(0)
@@ -50,7 +50,7 @@ def test_is_gradient_descent_on_a_quadratic(options):
 def test_field_in_closed_form_at_complex_states():
     """log(1 - eta H) times the complex state, eta at 1 and elsewhere."""
     real, imaginary = jax.random.normal(KEY, (2, 7))
-    y = principal(SGD).init({"w": real}, jnp.asarray(1.0), KEY)
+    y = principal(SGD).init({"w": real}, lr=jnp.asarray(1.0), key=KEY)
     y = PrincipalState(y.mean, {"w": imaginary})
     values, vectors = np.linalg.eigh(HESSIAN)
     field = jax.jit(principal(SGD).vector_field)
@@ -229,7 +229,7 @@ def test_refuses_other_optimizers(name, top):
     flow = principal(rj.dynamics(MOMENTS[name], BOWL.loss), top=top)
     message = r"principal models gradient descent only.*stable, rod, modulated or edge"
     with pytest.raises(ValueError, match=message):
-        flow.init(BOWL.params, jnp.asarray(0.1), KEY)
+        flow.init(BOWL.params, lr=jnp.asarray(0.1), key=KEY)
 
 
 def real_inside(w):
@@ -250,15 +250,15 @@ def test_refuses_losses_that_are_not_analytic(name):
     loss, message = LOSSES[name]
     dynamics = rj.dynamics(optax.sgd, loss)
     with pytest.raises(ValueError, match=rf"principal: the loss .*{message}.*top=k"):
-        principal(dynamics).init(jnp.ones(3), jnp.asarray(0.1), KEY)
+        principal(dynamics).init(jnp.ones(3), lr=jnp.asarray(0.1), key=KEY)
     # The approximation is real and does not mind.
-    principal(dynamics, top=1).init(jnp.ones(3), jnp.asarray(0.1), KEY)
+    principal(dynamics, top=1).init(jnp.ones(3), lr=jnp.asarray(0.1), key=KEY)
 
 
 def test_a_loss_of_traced_data_is_served():
     def begin(scale):
         dynamics = rj.dynamics(optax.sgd(0.1), lambda w: jnp.sum(scale * w**2))
-        return principal(dynamics).init(jnp.ones(2), None, KEY).mean.params
+        return principal(dynamics).init(jnp.ones(2), lr=None, key=KEY).mean.params
 
     np.testing.assert_array_equal(jax.jit(begin)(jnp.ones(2)), 1.0)
 

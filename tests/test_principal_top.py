@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from test_gradient import solve
 
 import rodjax as rj
-from rodjax.flows import igr, principal
+from rodjax.flows import _principal as principal, igr
 
 KEY = jax.random.key(0)
 SPECTRUM = np.array([2.4, 0.8, 0.5, -0.3])
@@ -35,7 +35,7 @@ def test_top_of_all_is_the_exact_flow_below_one(top):
     dynamics = rj.dynamics(optax.sgd, problem.loss)
     lr, fields = jnp.asarray(1.1), []
     for flow in (principal(dynamics), principal(dynamics, top=top)):
-        y = flow.init(problem.params, lr, KEY)
+        y = flow.init(problem.params, lr=lr, key=KEY)
         fields.append(flow.vector_field(0.0, y, lr).mean.params["w"])
     np.testing.assert_allclose(fields[1], fields[0], rtol=1e-6)
 
@@ -44,7 +44,7 @@ def test_top_of_a_schedule_from_zero():
     bowl = rj.problems.quadratic(SPECTRUM)
     warm = optax.linear_schedule(0.0, 0.5, 10)
     flow = principal(rj.dynamics(optax.sgd(warm), bowl.loss), top=2)
-    dy = flow.vector_field(0.0, flow.init(bowl.params, None, KEY), None)
+    dy = flow.vector_field(0.0, flow.init(bowl.params, lr=None, key=KEY), None)
     for still in (dy.mean.params["w"], dy.directions):
         np.testing.assert_allclose(still, 0.0, atol=1e-12)
 

@@ -10,17 +10,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from rodjax.problems import (
-    Problem,
-    berthier,
-    digits,
-    digits_mlp,
-    factorization,
-    float_dtype,
-    quadratic,
-    quartic_well,
-    scalar_factorization,
-)
+from rodjax.problems import Problem, _digits as digits, berthier, digits_mlp, factorization, float_dtype, quadratic, quartic_well, scalar_factorization
 
 needs_x64 = pytest.mark.skipif(
     not jax.config.read("jax_enable_x64"), reason="needs jax_enable_x64"

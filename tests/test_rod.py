@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import rodjax as rj
-from rodjax.flows import rod
-from rodjax.flows.rod import RodState
+from rodjax.flows import _rod as rod
+from rodjax.flows import RodState
 
 KEY = jax.random.key(0)
 ETA = 0.3
@@ -22,14 +22,14 @@ def rods(rank, size=0.2, dims=3, seed=1):
 
 def at(flow, w, u, lr=ETA):
     """The field at centre w with rods u: the rates of both."""
-    mean = flow.dynamics.init(w, lr)
+    mean = flow.dynamics.init(w, lr=lr)
     y = RodState(mean, (u, *mean.phase[1:]))
     dy = jax.jit(flow.vector_field)(0.0, y, jnp.asarray(lr))
     return dy.mean.params, dy.extent[0]
 
 
 def dense_field(flow, w, sigma, lr=ETA):
-    y = RodState(flow.dynamics.init(w, lr), sigma)
+    y = RodState(flow.dynamics.init(w, lr=lr), sigma)
     dy = jax.jit(flow.vector_field)(0.0, y, jnp.asarray(lr))
     return dy.mean.params, dy.extent
 
@@ -158,7 +158,7 @@ def test_dense_trajectory_is_the_full_factor():
     full, dense = rod(BOWL, rank=3), rod(BOWL, rank=3, dense=True)
     u = rods(3)
     lr = 0.55  # just below the edge, 2 / 3.2
-    mean = BOWL.init(W, lr)
+    mean = BOWL.init(W, lr=lr)
     begin = {
         full: RodState(mean, (u, *mean.phase[1:])),
         dense: RodState(mean, u.T @ u),
@@ -189,11 +189,11 @@ def test_turns_with_the_parameters(rank, dense):
 
 def test_starts_as_the_rod_of_the_window():
     window = rj.warm_up(BENT, W, steps=5, lr=ETA)
-    y = rod(BENT).init(window, ETA, KEY)
+    y = rod(BENT).init(window, lr=ETA, key=KEY)
     a, b = window.at(0).params, window.at(1).params
-    ends = rod(BENT).observe(y, None)[0]
+    ends = rod(BENT).observe(y, lr=None)[0]
     np.testing.assert_allclose(ends, jnp.stack([b, a]), atol=1e-14)
-    sigma = rod(BENT, dense=True).init(window, ETA, KEY).extent
+    sigma = rod(BENT, dense=True).init(window, lr=ETA, key=KEY).extent
     np.testing.assert_allclose(sigma, jnp.outer(b - a, b - a) / 4.0, atol=1e-15)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rodjax.semidefinite import complementarity
+from rodjax.linalg import complementarity
 
 solve = jax.jit(complementarity)
 

@@ -10,14 +10,7 @@ import pytest
 import scipy.linalg
 
 import rodjax as rj
-from rodjax.stability import (
-    LATE,
-    alternating_multiplier,
-    has_momentum,
-    inverse_preconditioner,
-    linearize,
-    unit_preconditioner,
-)
+from rodjax.optimizer import LATE, alternating_multiplier, has_momentum, inverse_preconditioner, linearize, unit_preconditioner
 
 EPS = 1e-8
 DECAY = 0.3

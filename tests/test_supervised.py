@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import rodjax as rj
-from rodjax.problems import chunked_mean, clusters, cnn, digits, mlp, sorting
+from rodjax.problems import _digits as digits, _sorting as sorting, chunked_mean, clusters, cnn, mlp
 
 N = 23
 

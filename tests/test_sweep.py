@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import rodjax as rj
-from rodjax.sweeps import program
+from rodjax.sweeps import _program as program
 
 STEPS, START, EVERY = 40, 4, 4
 
@@ -156,7 +156,7 @@ def test_a_lane_lost_before_the_start_has_no_flows():
     data = rj.sweep(heavy, draw, 4, grid=grid, flows=flows, start=20)
     step = 0
     params, h = draw(jax.random.key(1)), {"lr": 30.0, "momentum": 0.0}
-    state = heavy.init(params, h)
+    state = heavy.init(params, lr=h)
     while np.all(np.isfinite(state.params)):
         state, step = heavy.update(state, h), step + 1
     assert step < 20
@@ -196,12 +196,12 @@ def test_other_flows_take_the_amplitude_of_the_seed_too(name):
     build = getattr(rj.flows, name)
     fixed, swept = build(sgd, seed=1e-3), build(sgd, seed=lambda h: h["amplitude"])
     h, start = {"lr": 1.0, "amplitude": 1e-3}, jnp.array([0.3, 0.5])
-    y = fixed.init(start, h, jax.random.key(0))
+    y = fixed.init(start, lr=h, key=jax.random.key(0))
     jax.tree.map(
-        np.testing.assert_array_equal, y, swept.init(start, h, jax.random.key(0))
+        np.testing.assert_array_equal, y, swept.init(start, lr=h, key=jax.random.key(0))
     )
-    smaller = swept.init(start, h | {"amplitude": 1e-4}, jax.random.key(0))
-    ends = [flow.observe(y, h)[0] for flow, y in [(fixed, y), (swept, smaller)]]
+    smaller = swept.init(start, lr=h | {"amplitude": 1e-4}, key=jax.random.key(0))
+    ends = [flow.observe(y, lr=h)[0] for flow, y in [(fixed, y), (swept, smaller)]]
     spread = [float(jnp.ptp(end[:, 0])) for end in ends]
     assert spread[0] == pytest.approx(10 * spread[1], rel=1e-6)
 

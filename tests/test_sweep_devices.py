@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sweep_worker as worker
 
-from rodjax.sweeps.program import check_threads
+from rodjax.sweeps import check_threads
 
 #: 15 lanes by 2 on each of 4 devices at a time, and in 4 chunks of time.
 WIDE, CHUNKS = ("--lane-chunk", 8), 8

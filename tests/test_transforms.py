@@ -8,14 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from rodjax.transforms import (
-    ScaleByScalarRmsWithCountState,
-    scalar_adam,
-    scalar_nadam,
-    scalar_rmsprop,
-    scale_by_scalar_adam,
-    scale_by_scalar_rms,
-)
+from rodjax.transforms import ScaleByScalarRmsWithCountState, scalar_adam, scalar_nadam, scalar_rmsprop, scale_by_scalar_adam, scale_by_scalar_rms
 
 SCHEDULE = optax.exponential_decay(0.05, transition_steps=7, decay_rate=0.8)
 

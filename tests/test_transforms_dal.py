@@ -8,8 +8,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import rodjax as rj
-from rodjax.transforms import ScaleByDalState, dal, scale_by_dal
-from rodjax.transforms.extra import loss_of_params
+from rodjax.transforms import ScaleByDalState, _dal as dal, scale_by_dal
+from rodjax.transforms import loss_of_params
 
 SPECTRUM = [4.0, 1.5, 0.3]
 

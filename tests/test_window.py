@@ -7,9 +7,9 @@ import optax
 import pytest
 
 import rodjax as rj
-from rodjax.ringing import ringing
-from rodjax.stability import alternating_multiplier
-from rodjax.window import REACH, Window, alternating, slide
+from rodjax.flows import ringing
+from rodjax.optimizer import alternating_multiplier
+from rodjax.optimizer import REACH, Window, alternating, slide
 
 TIMES = np.arange(-REACH, REACH + 1.0)
 
@@ -133,7 +133,7 @@ def test_before_the_first_step_iterates_are_extrapolated():
 def test_sliding_is_warming_up_further():
     dynamics = rj.dynamics(optax.adam, lambda w: jnp.sum(w**4))
     start, lr = jnp.array([1.0, -2.0]), jnp.asarray(0.1)
-    slid = slide(dynamics, rj.warm_up(dynamics, start, 4, lr=lr), lr)
+    slid = slide(dynamics, rj.warm_up(dynamics, start, 4, lr=lr), lr=lr)
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12)
     jax.tree.map(close, slid, rj.warm_up(dynamics, start, 5, lr=lr))
 
@@ -168,7 +168,7 @@ def ringing_run(beta, ratio, others=()):
         # w[t + k] = Re(a mu^k): two of them give the complex amplitude a.
         now, later = window.at(0).params[0], window.at(1).params[0]
         truth = jnp.hypot(now, (mu.real * now - later) / mu.imag)
-        return slide(dynamics, window, None), (ringing(dynamics, window), truth)
+        return slide(dynamics, window, lr=None), (ringing(dynamics, window), truth)
 
     # Long enough for the phase to go round even close to the edge.
     return jax.jit(lambda w: jax.lax.scan(step, w, length=60)[1])(window)

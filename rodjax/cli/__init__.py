@@ -1,10 +1,14 @@
-"""The command line: an optimizer beside its flows, once or on a whole grid."""
+"""The command line: an optimizer beside its flows, once or on a whole grid.
+
+Knows: all other rooms, the names by which problems, optimizers, flows and solvers are
+called, options, files and progress. Must not be known by any other room.
+"""
 
 import typer
 
-from rodjax.cli.listing import listing
-from rodjax.cli.run import run
-from rodjax.cli.sweep import sweep
+from rodjax.cli._list import listing
+from rodjax.cli._run import run
+from rodjax.cli._sweep import sweep
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command()(run)

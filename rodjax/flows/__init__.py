@@ -1,25 +1,65 @@
-"""Continuous-time models of an optimizer, one file each."""
+"""Continuous-time models of an optimizer: one file a flow, one registry of them all.
 
-from rodjax.flows.base import Flow
-from rodjax.flows.central import central
-from rodjax.flows.covariance import covariance
-from rodjax.flows.edge import edge
-from rodjax.flows.gradient import gradient, igr, third_order
-from rodjax.flows.modulated import modulated
-from rodjax.flows.principal import principal
-from rodjax.flows.rod import rod
-from rodjax.flows.stable import stable
+Knows: what a flow is (`Flow`), every flow with its state, which optimizers each
+serves, and the helpers that a flow of one's own needs. Must not know: how a flow is
+solved, what is recorded along it, problems, files.
+"""
+
+from rodjax.flows._central import CentralState, central
+from rodjax.flows._covariance import CovarianceState, covariance
+from rodjax.flows._edge import EdgeState, edge
+from rodjax.flows._flow import (
+    Floor,
+    Flow,
+    centre_of,
+    floor_size,
+    half_step_back,
+    shift,
+    stack,
+)
+from rodjax.flows._gradient import gradient
+from rodjax.flows._igr import igr
+from rodjax.flows._logarithm import principal_coefficient
+from rodjax.flows._modulated import ModulatedState, modulated
+from rodjax.flows._principal import PrincipalState, TopState, principal
+from rodjax.flows._registry import REGISTRY, Record, table
+from rodjax.flows._ringing import Ringing, ringing
+from rodjax.flows._rod import RodState, rod
+from rodjax.flows._scope import gradient_descent_start, preconditioned_start
+from rodjax.flows._stable import stable
+from rodjax.flows._third_order import third_order
 
 __all__ = [
+    "REGISTRY",
+    "CentralState",
+    "CovarianceState",
+    "EdgeState",
+    "Floor",
     "Flow",
+    "ModulatedState",
+    "PrincipalState",
+    "Record",
+    "Ringing",
+    "RodState",
+    "TopState",
     "central",
+    "centre_of",
     "covariance",
     "edge",
+    "floor_size",
     "gradient",
+    "gradient_descent_start",
+    "half_step_back",
     "igr",
     "modulated",
+    "preconditioned_start",
     "principal",
+    "principal_coefficient",
+    "ringing",
     "rod",
+    "shift",
     "stable",
+    "stack",
+    "table",
     "third_order",
 ]

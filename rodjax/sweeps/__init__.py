@@ -1,7 +1,13 @@
-"""Sweeps: runs and flows on every point of a named grid, as one program."""
+"""Runs and flows on every point of a named grid, as one program.
 
-from rodjax.sweeps.blocks import Status
-from rodjax.sweeps.plots import plot_lanes, plot_sweep
-from rodjax.sweeps.sweep import sweep
+Knows: grids, devices, what fits into their memory, chunks and their checkpoints, and
+the labelled result. Must not know: plots, problems, the command line.
+"""
 
-__all__ = ["Status", "plot_lanes", "plot_sweep", "sweep"]
+from rodjax.sweeps._blocks import Status
+from rodjax.sweeps._grid import SEED, make_grid
+from rodjax.sweeps._program import cores
+from rodjax.sweeps._store import settings_in
+from rodjax.sweeps._sweep import sweep
+
+__all__ = ["SEED", "Status", "cores", "make_grid", "settings_in", "sweep"]

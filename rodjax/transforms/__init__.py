@@ -1,8 +1,12 @@
-"""Optax transformations: scalar second moments, and methods for the edge."""
+"""Optax transformations of our own: scalar second moments, and methods for the edge.
 
-from rodjax.transforms.dal import ScaleByDalState, dal, scale_by_dal
-from rodjax.transforms.edge import EdgeGradientDescentState, edge_gradient_descent
-from rodjax.transforms.scalar import (
+Knows: scalar RMSProp, Adam and NAdam, DAL, edge gradient descent, each usable in Optax
+without the rest of rodjax. Must not know: flows, trajectories, problems.
+"""
+
+from rodjax.transforms._dal import ScaleByDalState, dal, scale_by_dal
+from rodjax.transforms._edge import EdgeGradientDescentState, edge_gradient_descent
+from rodjax.transforms._scalar import (
     ScaleByScalarRmsWithCountState,
     scalar_adam,
     scalar_nadam,

@@ -1,0 +1,225 @@
+"""`rodjax run`: an optimizer beside its flows, as a table, files and a plot."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import typer
+
+from rodjax.cli import _names as choices
+from rodjax.cli import _shared as shared
+from rodjax.cli._shared import cell, number
+from rodjax.optimizer import dynamics as make_dynamics
+from rodjax.optimizer import threshold, warm_up
+from rodjax.problems import Problem
+from rodjax.report import dataset, plot
+from rodjax.solve import Trajectory, compare, descend, integrate, last_finite
+
+FILES = ("summary.json", "result.nc", "plot.png")
+COLUMNS = {
+    "final_distance": "final distance",
+    "mean_distance": "mean distance",
+    "final_loss": "final loss",
+    "final_sharpness_ratio": "final S/threshold",
+    "median_sharpness_ratio": "median S/threshold",
+    "update_evaluations": "evaluations",
+    "seconds": "seconds",
+}
+
+
+def run(
+    problem: shared.ProblemName = "digits-mlp",
+    problem_settings: shared.ProblemSettings = None,
+    optimizer: shared.OptimizerName = "gd",
+    settings: shared.Settings = None,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.6,
+    steps: shared.Steps = 420,
+    warmup: shared.Warmup = 20,
+    flows: shared.FlowNames = "stable,rod,modulated",
+    rank: shared.Rank = None,
+    substeps: shared.Substeps = 4,
+    solver: shared.Solver = "heun",
+    float64: shared.Float64 = True,
+    every: shared.Every = 1,
+    out: Annotated[Path, typer.Option(help="Directory written to.")] = Path(
+        "rodjax-run"
+    ),
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace an earlier run's files.")
+    ] = False,
+) -> None:
+    """Run an optimizer and its flows on one problem, and compare them."""
+    dtype = shared.configure(float64)
+    with shared.refusing("run"):
+        if not (lr > 0 and math.isfinite(lr)):
+            raise ValueError(f"--lr {lr}: it must be positive and finite")
+        shared.check_steps(warmup, steps, every, substeps)
+        hyperparameters = dict(map(choices.setting, settings or []))
+        chosen = shared.problem(problem, dtype, problem_settings)
+        dynamics = make_dynamics(
+            choices.optimizer(optimizer, hyperparameters), chosen.loss
+        )
+        edge = threshold(dynamics, chosen.params, lr=lr)
+        names = shared.flow_names(flows)
+        models = shared.build_flows(names, dynamics, chosen, rank=rank)
+        # Traced here, so that what cannot work is refused before anything runs.
+        window = jax.eval_shape(lambda: warm_up(dynamics, chosen.params, lr=lr))
+        for model in models.values():
+            jax.eval_shape(
+                lambda w, m=model: m.init(w, lr=lr, key=jax.random.key(0)), window
+            )
+        method = choices.solver(solver)
+        _prepare(out, overwrite)
+
+    head: dict[str, Any] = {
+        "problem": problem,
+        "optimizer": optimizer,
+        "lr": lr,
+        "steps": steps,
+        "warmup": warmup,
+        "dtype": dtype,
+        "threshold": number(edge),
+    }
+    attributes = head | {
+        "problem_settings": json.dumps(problem_settings or []),
+        "settings": json.dumps(hyperparameters),
+        "rank": "each flow's own" if rank is None else rank,
+        "substeps": substeps,
+        "solver": solver,
+        "every": every,
+    }
+    meter = Meter(warmup, steps)
+    common: dict[str, Any] = {
+        "lr": lr,
+        "every": every,
+        "metrics": shared.metrics(dynamics, chosen),
+        "progress": meter,
+    }
+    meter.begin(optimizer)
+    window = warm_up(dynamics, chosen.params, warmup, lr=lr)
+    reference = jax.block_until_ready(descend(dynamics, window, steps, **common))
+    meter.end()
+    summary: dict[str, Any] = head | {
+        "run": {
+            "final_loss": number(last_finite(reference.metrics["loss"])),
+            **_own(chosen, reference),
+            "diverged_at": number(reference.diverged_at),
+        },
+        "flows": {},
+    }
+    paths: dict[str, Trajectory] = {}
+    # Written as it is done, so that a killed run loses only the flow it is in.
+    _write(out, summary, reference, paths, attributes)
+    for name, model in models.items():
+        began = time.perf_counter()
+        meter.begin(name)
+        paths[name] = jax.block_until_ready(
+            integrate(model, window, steps, solver=method, substeps=substeps, **common)
+        )
+        meter.end()
+        row = compare(reference, paths[name]).summary()
+        row["seconds"] = time.perf_counter() - began
+        summary["flows"][name] = {
+            key: number(row[key]) for key in (*COLUMNS, "diverged_at")
+        } | _own(chosen, paths[name])
+        _write(out, summary, reference, paths, attributes)
+    title = "{problem}, {optimizer}, lr {lr:g}, {dtype}".format(**summary)
+    plot(reference, paths, title).savefig(out / "plot.png", dpi=120)
+    _print(summary, out)
+
+
+class Meter:
+    """Progress on stderr: steps done and loss, a few times a second."""
+
+    def __init__(self, start: int, steps: int):
+        self.start, self.steps = start, steps
+        self.name, self.shown = "", 0.0
+
+    def begin(self, name: str) -> None:
+        """Start a line for `name`."""
+        self.name, self.shown = name, 0.0
+        sys.stderr.write(f"\r{name:>14}: compiling")
+        sys.stderr.flush()
+
+    def __call__(self, step: Any, loss: Any) -> None:
+        """Show that `step` is done, if something was not shown just now."""
+        done = int(step) - self.start
+        if time.monotonic() - self.shown > 0.2 or done == self.steps:
+            self.shown = time.monotonic()
+            sys.stderr.write(
+                f"\r{self.name:>14}: {done}/{self.steps} steps, loss {float(loss):.6f} "
+            )
+            sys.stderr.flush()
+
+    def end(self) -> None:
+        """Wait for the last step to be shown and end the line."""
+        jax.effects_barrier()
+        sys.stderr.write("\n")
+
+
+def _own(problem: Problem, path: Trajectory) -> dict[str, float | None]:
+    """The last values of the problem's own metrics."""
+    return {
+        f"final_{name}": number(last_finite(path.metrics[name]))
+        for name in problem.metrics
+    }
+
+
+def _prepare(out: Path, overwrite: bool) -> None:
+    import xarray  # noqa: F401  (to fail before the run, not after it)
+
+    found = [name for name in FILES if (out / name).exists()]
+    if found and not overwrite:
+        raise ValueError(
+            f"--out {out} already holds {', '.join(found)}: give another directory, or "
+            "--overwrite"
+        )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is not a directory")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in found:
+        (out / name).unlink()
+
+
+def _write(
+    out: Path,
+    summary: dict[str, Any],
+    reference: Trajectory,
+    paths: dict[str, Trajectory],
+    attributes: dict[str, Any],
+) -> None:
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    data = dataset(reference, paths, **attributes)
+    # A file cut off in mid-write must not take the place of a whole one.
+    data.to_netcdf(out / "result.nc.part", engine="h5netcdf")
+    (out / "result.nc.part").replace(out / "result.nc")
+
+
+def _print(summary: dict[str, Any], out: Path) -> None:
+    print(
+        "{problem}, {optimizer}, lr {lr:g}, steps {warmup} + {steps}, {dtype}; "
+        "stability threshold {threshold:g}".format(**summary)
+    )
+    print(f"run: {_cells(summary['run'])}")
+    width = max(map(len, COLUMNS.values()))
+    names = list(summary["flows"])
+    print(" " * width + "".join(f"{name:>14}" for name in names))
+    more = [key for key in summary["run"] if key not in (*COLUMNS, "diverged_at")]
+    labels = COLUMNS | {key: key.replace("_", " ") for key in more}
+    for key, label in labels.items():
+        cells = (cell(summary["flows"][name][key]) for name in names)
+        print(f"{label:{width}}" + "".join(f"{text:>14}" for text in cells))
+    for name in names:
+        if (step := summary["flows"][name]["diverged_at"]) is not None:
+            print(f"{name} diverged at step {step:g}")
+    print(f"written to {out}: {', '.join(FILES)}")
+
+
+def _cells(row: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key.replace('_', ' ')} {cell(value)}" for key, value in row.items()
+    )

@@ -1,0 +1,128 @@
+"""What the commands share: options, their checks, numbers as text and as JSON."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Annotated, Any
+
+import jax
+import optax
+import typer
+
+from rodjax.cli import _names as choices
+from rodjax.flows import Floor, Flow
+from rodjax.optimizer import Dynamics
+from rodjax.problems import Problem
+from rodjax.solve import Metric, edge_of_stability, monitor
+
+ProblemName = Annotated[
+    str, typer.Option(help=f"One of {', '.join(choices.PROBLEMS)}; see rodjax list.")
+]
+ProblemSettings = Annotated[
+    list[str] | None,
+    typer.Option("--problem-set", help="NAME=VALUE for the problem, such as n=200."),
+]
+OptimizerName = Annotated[
+    str,
+    typer.Option(help=f"One of {', '.join(choices.OPTIMIZERS)}, or Optax's name."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="NAME=VALUE for the optimizer's constructor."),
+]
+FlowNames = Annotated[
+    str,
+    typer.Option(
+        help=f"Comma-separated NAME or NAME:RANK, of {', '.join(choices.FLOWS)}."
+    ),
+]
+Steps = Annotated[int, typer.Option(help="Optimizer steps compared.")]
+Warmup = Annotated[int, typer.Option(help="Optimizer steps taken before.")]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        help="Directions of every flow that has them and no NAME:RANK of its own.",
+        show_default="each flow's own",
+    ),
+]
+Substeps = Annotated[int, typer.Option(help="Solver steps per step.")]
+Solver = Annotated[str, typer.Option(help="An explicit diffrax solver.")]
+Float64 = Annotated[bool, typer.Option("--float64/--float32", help="Precision.")]
+Every = Annotated[int, typer.Option(help="Save every so many steps.")]
+
+
+def configure(float64: bool) -> str:
+    """Set the precision of this process, which is ours to configure; its dtype."""
+    jax.config.update("jax_enable_x64", float64)
+    # TF32 products are too coarse for flows.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    return "float64" if float64 else "float32"
+
+
+@contextmanager
+def refusing(
+    command: str, unless: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Print what is wrong with the options and exit; `unless` it is not about them."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+        if unless():
+            raise
+        typer.secho(f"rodjax {command}: {error}", err=True, fg="red")
+        raise typer.Exit(2) from None
+
+
+def problem(name: str, dtype: str, settings: list[str] | None) -> Problem:
+    """The named problem, of the settings NAME=VALUE."""
+    parse = partial(choices.setting, flag="--problem-set", example="n=200")
+    return choices.problem(name, dtype, dict(map(parse, settings or [])))
+
+
+def metrics(dynamics: Dynamics, problem: Problem) -> tuple[Metric, ...]:
+    """What the commands record: where the sharpness stands, and the problem's own."""
+    return edge_of_stability(dynamics), monitor(problem.metrics)
+
+
+def check_steps(warmup: int, steps: int, every: int, substeps: int) -> None:
+    """Raise `ValueError` for numbers of steps that make no sense."""
+    for flag, value, least in (("--warmup", warmup, 0), ("--substeps", substeps, 1)):
+        if value < least:
+            raise ValueError(f"{flag} {value}: it must be at least {least}")
+    if every < 1 or steps < 1 or steps % every:
+        raise ValueError(
+            f"--steps {steps} must be a positive multiple of --every {every}"
+        )
+
+
+def flow_names(flows: str) -> list[str]:
+    """The names in a comma-separated list."""
+    return [name.strip() for name in flows.split(",") if name.strip()]
+
+
+def build_flows(
+    names: list[str],
+    dynamics: Dynamics,
+    problem: Problem,
+    *,
+    rank: int | None,
+    floor: Floor = None,
+) -> dict[str, Flow]:
+    """The named flows of `dynamics`; raises `ValueError` where a flow does."""
+    size = optax.tree.size(problem.params)
+    return {
+        name: choices.flow(name, dynamics, size=size, rank=rank, floor=floor)
+        for name in names
+    }
+
+
+def number(value: Any) -> float | None:
+    """A JSON number, or null where there is none."""
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def cell(value: float | None) -> str:
+    """A number in a table."""
+    return "-" if value is None else f"{value:.5g}"

@@ -1,0 +1,249 @@
+"""The central flow: the time average of an oscillation kept at its edge."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from rodjax.flows._flow import Flow
+from rodjax.flows._scope import preconditioned_start
+from rodjax.flows._tracking import STEEPEST, Tracked, top_directions, turn
+from rodjax.linalg import Complementary, complementarity, cubature, root
+from rodjax.optimizer import Dynamics, State, Window, inverse_preconditioner, midpoint
+
+# Directions whose eigenvalue of P^-1 H is below this are a step and more away from an
+# edge of 2, even at 0.1 a step; their third derivatives are left out.
+NEAR = 1.9
+REPORTS: Mapping[str, str] = MappingProxyType(
+    {
+        "predicted_loss": "time-averaged loss that the central flow predicts",
+        "predicted_grad_norm": "root-mean-square gradient that it predicts",
+        "complementarity": "residual of its complementarity problem",
+    }
+)
+
+
+class CentralState(NamedTuple):
+    """State of the central flow.
+
+    - `mean`: the optimizer state at the centre; its second moments are those that the
+      next step divides by, after their update.
+    - `directions`: [k, d], rows U with U P U^T = I along the largest eigenvalues of
+      P^-1 H, on the ravelled parameters.
+    """
+
+    mean: State
+    directions: Float[Array, "k d"]
+
+
+class _Moment(NamedTuple):
+    """What the field and the observation both need at one state."""
+
+    slope: Float[Array, " d"]
+    inverse: Float[Array, " d"]
+    tracked: Tracked
+    bends: Float[Array, "k k d"]
+    answer: Complementary
+
+
+def central(dynamics: Dynamics, *, rank: int = 3, gamma: float = 4.0) -> Flow:
+    r"""The central flow of gradient descent and RMSProp.
+
+    With P the preconditioner, learning rate included (GD: $I/\eta$; RMSProp:
+    $\mathrm{diag}(\sqrt\nu + \epsilon)/\eta$), and Sigma the covariance of the
+    oscillation,
+
+    $$\dot w = -P^{-1} \big[ g + \tfrac12 \nabla_w \langle \Sigma, H(w) \rangle \big],
+      \quad \dot\nu = \tfrac{1-\beta_2}{\beta_2} \big[ \mathbb{E} g^2 - \nu \big],
+      \quad \mathbb{E} g^2 = g^2 + \mathrm{diag}(H \Sigma H)$$
+
+    (sums over components for a scalar second moment; any other second moments and
+    schedules as the update map says). $\Sigma = U^T X U$ over the `rank` top
+    eigenvectors U of $P^{-1}H$, $U P U^T = I$, with X the solution of the semidefinite
+    complementarity problem $0 \preceq X$, $0 \preceq A + B[X]$, $\langle X, A + B[X]
+    \rangle = 0$, where $A + B[X]$ is $U (2P - H) U^T$ a time $1/\gamma$ later,
+    linearized along the flow: eigenvalues enter and leave the edge by themselves.
+    Source: Cohen et al., arXiv 2410.24206.
+
+    The directions are part of the state and turn towards the top eigenspace as in a
+    continuous-time subspace iteration: no eigenproblem is solved along the way.
+
+    **Arguments**
+
+    - `rank`: eigenpairs tracked (at most as many as there are parameters); more than
+      ever are at the edge together.
+    - `gamma`: rate per step at which the eigenvalues are held to the edge.
+
+    **Reports** `predicted_loss` $= L + \tfrac12 \langle \Sigma, H \rangle$ and
+    `predicted_grad_norm` $= (|g|^2 + \mathrm{tr} H \Sigma H)^{1/2}$, the time averages
+    (the second root-mean-square), and `complementarity`, the residual of X (see
+    `rodjax.linalg.complementarity`): large where no X holds the edge, as on a
+    quadratic.
+
+    **Raises** `ValueError` if `rank` is below 1 or `gamma` not positive, and from
+    `init` for optimizers with momentum, weight decay or clipping.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> valley = rj.problems.berthier(initial=(0.1, 6.5))
+    >>> sgd = rj.dynamics(optax.sgd(0.3), valley.loss)
+    >>> path = rj.integrate(rj.flows.central(sgd), valley.params, steps=400)
+    >>> bool(abs(path.params["y"][-1] - 2 / 0.3) < 0.05)
+    True
+
+    ```
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if not gamma > 0:
+        raise ValueError(f"gamma must be positive, got {gamma}")
+
+    def settle(mean: State, squares: PyTree, lr: PyTree) -> PyTree:
+        """d nu/dt when the squared gradients average to `squares`."""
+        grad = jax.tree.map(jnp.sqrt, squares)
+        after = dynamics.respond(mean, grad, lr=lr).slow
+        # With nu the second moment after its update the rate is that over what is kept.
+        none = dynamics.respond(mean, optax.tree.zeros_like(grad), lr=lr).slow
+        return jax.tree.map(
+            lambda a, n, s: (a - s) * jnp.where(n > 0, s / jnp.where(n > 0, n, 1), 1),
+            after,
+            none,
+            mean.slow,
+        )
+
+    def look(y: CentralState, lr: PyTree) -> _Moment:
+        mean = y.mean
+        point, unravel = ravel_pytree(mean.params)
+        slope_of = jax.grad(lambda x: dynamics.loss(unravel(x)))
+
+        def inverse_of(slow, clock):
+            state = mean._replace(slow=slow, clock=clock)
+            inverse = ravel_pytree(inverse_preconditioner(dynamics, state, lr=lr))[0]
+            # A learning rate of zero, as at the start of a warm-up, has no inverse.
+            return jnp.maximum(inverse, 1.0 / STEEPEST)
+
+        slope, curve = jax.linearize(slope_of, point)
+        inverse = inverse_of(mean.slow, mean.clock)
+        tracked = turn(curve, inverse, y.directions)
+        u, count = tracked.directions, len(tracked.directions)
+        bends = _bends(slope_of, point, tracked)
+
+        # How the preconditioner drifts without oscillation, and how X moves it.
+        ticks = optax.tree.ones_like(mean.clock)
+        square = jnp.square
+
+        def preconditioner_rate(d_slow, d_clock):
+            _, rate = jax.jvp(inverse_of, (mean.slow, mean.clock), (d_slow, d_clock))
+            return -rate / inverse / inverse
+
+        def moved_by(pair):
+            # At the edge H u = 2 P u, which makes B symmetric.
+            extra = unravel(4.0 * pair / inverse / inverse)
+            still = optax.tree.ones_like(mean.params)
+            rate = lambda e: settle(mean, e, lr)
+            _, d_slow = jax.jvp(rate, (still,), (extra,))
+            return preconditioner_rate(d_slow, optax.tree.zeros_like(ticks))
+
+        drift = preconditioner_rate(settle(mean, unravel(square(slope)), lr), ticks)
+        # Linear in time P would fall to zero where, as in a warm-up, it halves or more.
+        drift = jnp.maximum(drift, -0.5 * gamma / inverse)
+        a = (
+            2.0 * jnp.eye(count, dtype=u.dtype)
+            - tracked.curvature
+            + (2.0 * (u * drift[None]) @ u.T + bends @ (inverse * slope)) / gamma
+        )
+        flat = bends.reshape(-1, bends.shape[-1])
+        b = 0.5 * (flat * inverse[None]) @ flat.T
+        if jax.tree.leaves(mean.slow):
+            products = (u[:, None] * u[None]).reshape(flat.shape)
+            b = b + 2.0 * products @ jax.vmap(moved_by)(products).T
+        b = b.reshape((count,) * 4) / gamma
+        return _Moment(slope, inverse, tracked, bends, complementarity(a, b))
+
+    def vector_field(t, y: CentralState, lr: PyTree) -> CentralState:
+        seen = look(y, lr)
+        unravel = ravel_pytree(y.mean.params)[1]
+        push = jnp.tensordot(seen.answer.x, seen.bends, 2)
+        step = -seen.inverse * (seen.slope + 0.5 * push)
+        images = seen.tracked.images
+        squares = jnp.square(seen.slope) + jnp.sum(
+            images * (seen.answer.x @ images), axis=0
+        )
+        # Positive in exact arithmetic.
+        squares = unravel(jnp.maximum(squares, 0.0))
+        field = State(
+            phase=(unravel(step), *optax.tree.zeros_like(y.mean.phase[1:])),
+            slow=settle(y.mean, squares, lr),
+            clock=optax.tree.ones_like(y.mean.clock),
+        )
+        return CentralState(field, seen.tracked.rate)
+
+    def init(start: PyTree | Window, *, lr: PyTree, key: Array) -> CentralState:
+        mean = preconditioned_start(dynamics, start, "central", lr=lr)
+        if isinstance(start, Window):
+            # The second moment of the step at the window's middle, after its update.
+            mean = mean._replace(slow=midpoint(start, ahead=1).slow)
+        else:
+            mean = mean._replace(slow=dynamics.update(mean, lr=lr).slow)
+        return CentralState(mean, top_directions(dynamics, mean, rank, lr=lr))
+
+    def observe(y: CentralState, *, lr: PyTree) -> tuple[PyTree, dict[str, Array]]:
+        seen = look(y, lr)
+        x, tracked = seen.answer.x, seen.tracked
+        unravel = ravel_pytree(y.mean.params)[1]
+        rows = jax.vmap(unravel)(root(x).T @ tracked.directions)
+        power = seen.slope @ seen.slope + jnp.sum(
+            x * (tracked.images @ tracked.images.T)
+        )
+        report = {
+            "predicted_loss": dynamics.loss(y.mean.params)
+            + 0.5 * jnp.sum(x * tracked.curvature),
+            "predicted_grad_norm": jnp.sqrt(jnp.maximum(power, 0.0)),
+            "complementarity": seen.answer.residual,
+        }
+        return cubature(y.mean.params, rows), report
+
+    return Flow(
+        init=init,
+        vector_field=vector_field,
+        observe=observe,
+        reports=REPORTS,
+        dynamics=dynamics,
+        evaluations=1,
+        products=float("nan"),
+    )
+
+
+def _bends(
+    slope_of: Callable[[Float[Array, " d"]], Float[Array, " d"]],
+    point: Float[Array, " d"],
+    tracked: Tracked,
+) -> Float[Array, "k k d"]:
+    """T[u_i, u_j] for the directions that could be at the edge; zero for others.
+
+    They are the costliest part of the field, so their number is decided as it runs.
+    """
+    u = tracked.directions
+    count = len(u)
+    sizes = jnp.abs(tracked.curvature)
+    # Gershgorin: what lies below NEAR even so is left out, with all that follow.
+    reach = jnp.sum(sizes, 1) - jnp.diag(sizes) + jnp.diag(tracked.curvature)
+    active = jnp.max(jnp.where(reach > NEAR, 1 + jnp.arange(count), 0))
+    pairs = [(i, j) for j in range(count) for i in range(j + 1)]
+    first, second = jnp.asarray(pairs).T
+
+    def bend(n, bends):
+        along = lambda x: jax.jvp(slope_of, (x,), (u[first[n]],))[1]
+        value = jax.jvp(along, (point,), (u[second[n]],))[1]
+        return bends.at[n].set(value)
+
+    found = jnp.zeros((len(pairs), point.size), point.dtype)
+    found = jax.lax.fori_loop(0, active * (active + 1) // 2, bend, found)
+    place = {pair: n for n, pair in enumerate(pairs)}
+    index = [[place[min(i, j), max(i, j)] for j in range(count)] for i in range(count)]
+    return found[jnp.asarray(index)]

@@ -1,0 +1,205 @@
+"""What every flow is: a few pure functions, most of them with a default."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from rodjax.optimizer import Dynamics, State, Window, midpoint
+
+#: The least oscillation relative to the parameters; see `floor_size`.
+Floor = float | Callable[[Any], Any] | None
+
+
+class InitFn(Protocol):
+    """`init(start, *, lr, key) -> y`."""
+
+    def __call__(self, start: PyTree | Window, /, *, lr: PyTree, key: Array) -> Any: ...
+
+
+class VectorField(Protocol):
+    """`vector_field(t, y, lr) -> dy/dt`, as diffrax calls it."""
+
+    def __call__(self, t: Any, y: Any, lr: PyTree, /) -> Any: ...
+
+
+class ObserveFn(Protocol):
+    """`observe(y, *, lr) -> (ends, report)`."""
+
+    def __call__(self, y: Any, /, *, lr: PyTree) -> tuple[PyTree, dict[str, Array]]: ...
+
+
+# Filled in when the flow is made.
+_DEFAULT = cast(Any, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    r"""A continuous-time model of an optimizer; time is in optimizer steps.
+
+    Only the first two must be given; the others have defaults that serve a flow whose
+    state is a `State`, or a tuple with one as its `mean`.
+
+    - `dynamics`: the optimizer and loss that it models.
+    - `vector_field(t, y, lr) -> dy/dt`: pure; any diffrax solver takes it, `lr` being
+      diffrax's `args`.
+    - `init(start, *, lr, key) -> y`: the flow's state, a pytree of floats, from
+      parameters (from scratch) or from a `Window` of a discrete run. `key` seeds what
+      must be random, such as the direction of the first oscillation. By default
+      `centre_of(dynamics, start)`.
+    - `centre(y) -> State`: the optimizer state at the centre; `.params` are what the
+      flow predicts for the midpoint of the iterates. By default `y` or `y.mean`.
+    - `observe(y, *, lr) -> (ends, report)`: `ends` are parameters with a leading axis,
+      the points between which the flow says the iterates jump; their mean loss is the
+      predicted time-averaged loss. `report` holds named scalars that only this flow can
+      tell, recorded beside the metrics. By default the centre alone, and none.
+    - `reports`: name -> long name of what `observe` reports.
+    - `evaluations`: update-map or gradient evaluations in one call of the vector field.
+    - `products`: products with the Hessian or a derivative of it in one call; NaN where
+      their number depends on the problem.
+    - `offset`: 0 where the centre is the second-order midpoint at t, 1/2 where it is
+      the half-step midpoint at t + 1/2.
+
+    A flow of one's own, which damps the stable flow:
+
+    ```python
+    >>> import jax, jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(0.1), lambda w: 0.5 * jnp.sum(w**2))
+    >>> def field(t, y, lr):
+    ...     return jax.tree.map(lambda f: 0.5 * f, sgd.increment(y, lr=lr))
+    >>> slow = rj.flows.Flow(dynamics=sgd, vector_field=field)
+    >>> path = rj.integrate(slow, jnp.array([1.0]), steps=10)
+    >>> bool(abs(path.params[-1, 0] - jnp.exp(-0.5)) < 1e-4)
+    True
+
+    ```
+    """
+
+    dynamics: Dynamics
+    vector_field: VectorField
+    init: InitFn = _DEFAULT
+    centre: Callable[[Any], State] = _DEFAULT
+    observe: ObserveFn = _DEFAULT
+    reports: Mapping[str, str] = field(default_factory=dict)
+    evaluations: int = 1
+    products: float = 0
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        dynamics, centre = self.dynamics, self.centre or _mean
+
+        def init(start: PyTree | Window, *, lr: PyTree, key: Array) -> State:
+            return centre_of(dynamics, start, lr=lr)
+
+        def observe(y: Any, *, lr: PyTree) -> tuple[PyTree, dict[str, Array]]:
+            return stack(centre(y).params), {}
+
+        defaults = {"init": init, "centre": centre, "observe": observe}
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+
+
+def _mean(y: Any) -> State:
+    """The default centre."""
+    return y if isinstance(y, State) else y.mean
+
+
+def shift(state: State, phase: PyTree, scale: float | Array = 1.0) -> State:
+    """`state` with `scale * phase` added to its phase part.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(0.1), lambda w: 0.5 * jnp.sum(w**2))
+    >>> state = sgd.init(jnp.array([1.0, 2.0]))
+    >>> rj.flows.shift(state, state.phase, -0.5).params.tolist()
+    [0.5, 1.0]
+
+    ```
+    """
+    moved = jax.tree.map(lambda z, d: z + scale * d, state.phase, phase)
+    return state._replace(phase=moved)
+
+
+def half_step_back(y: State, field: State) -> State:
+    r"""$y - f(y)/2$, where the vector field of a unit-step map is to be evaluated.
+
+    One correction by backward error analysis, without derivatives: the flow whose
+    time-1 map is $y + f(y)$ is $f - f'f/2$ to second order, and so is $f(y - f(y)/2)$,
+    which needs no derivative of the optimizer (whose square root of a second moment has
+    none at zero). Second moments, which grow from nothing, are not taken below zero.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(0.5), lambda w: 0.5 * jnp.sum(w**2))
+    >>> state = sgd.init(jnp.array([1.0]))
+    >>> rj.flows.half_step_back(state, sgd.increment(state)).params.tolist()
+    [1.25]
+
+    ```
+    """
+    back = jax.tree.map(lambda a, f: a - 0.5 * f, y, field)
+    return back._replace(slow=jax.tree.map(lambda s: jnp.maximum(s, 0.0), back.slow))
+
+
+def centre_of(dynamics: Dynamics, start: PyTree | Window, *, lr: PyTree) -> State:
+    """Where a flow of midpoints starts: a window's own, or the initial state.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(2.0), lambda w: 0.5 * w**2)  # w -> -w
+    >>> window = rj.warm_up(sgd, jnp.array(8.0), steps=3)
+    >>> float(rj.flows.centre_of(sgd, window, lr=None).params)
+    0.0
+
+    ```
+    """
+    if isinstance(start, Window):
+        return midpoint(start)
+    return dynamics.init(start, lr=lr)
+
+
+def floor_size(
+    floor: Floor,
+) -> Callable[[PyTree, PyTree], Float[Array, ""]]:
+    """(params, lr) -> the least size of an oscillation, `floor` relative to their norm.
+
+    `None` stands for the dtype's epsilon, which is what rounding gives a real run; a
+    function takes `lr`, so that a sweep may vary the floor.
+
+    **Raises** `ValueError` if `floor` is a negative number.
+
+    ```python
+    >>> import jax.numpy as jnp, rodjax as rj
+    >>> float(rj.flows.floor_size(1e-3)(jnp.array([3.0, 4.0]), None))
+    0.005
+
+    ```
+    """
+    if floor is not None and not callable(floor) and floor < 0:
+        raise ValueError(f"floor must be at least 0, got {floor}")
+
+    def least(params: PyTree, lr: PyTree) -> Array:
+        norm = optax.tree.norm(params)
+        if floor is None:
+            return float(jnp.finfo(norm.dtype).eps) * norm
+        return jnp.asarray(floor(lr) if callable(floor) else floor, norm.dtype) * norm
+
+    return least
+
+
+def stack(*trees: PyTree) -> PyTree:
+    """Stack trees on a new leading axis.
+
+    ```python
+    >>> import jax.numpy as jnp, rodjax as rj
+    >>> rj.flows.stack(jnp.ones(2), jnp.zeros(2)).tolist()
+    [[1.0, 1.0], [0.0, 0.0]]
+
+    ```
+    """
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)

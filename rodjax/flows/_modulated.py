@@ -1,0 +1,177 @@
+"""The modulated flow: centre and alternating part of any optimizer, both smooth."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from rodjax.flows._flow import Floor, Flow, floor_size, half_step_back, shift, stack
+from rodjax.flows._ringing import ringing
+from rodjax.optimizer import Dynamics, State, Window, alternating, midpoint
+
+# Growth rates per step for which the scalar logarithm below is used as it is.
+SLOWEST, FASTEST = -0.3, 1.0
+# One of n directions has 1/sqrt(n) of the rounding errors, gathered over steps before
+# its onset: measured, as the share with which onsets come at the run's own steps.
+GATHERED = 3.0
+# Roundoffs of the parameters that a delta must have to be seen in their gradient.
+VISIBLE = 32.0
+
+
+class ModulatedState(NamedTuple):
+    """State of the modulated flow.
+
+    - `mean`: the optimizer state at the centre c (phase, slow, clock).
+    - `delta`: the alternating part, structured as the phase: z[t] = c + (-1)^t delta.
+    - `memory`: the alternating amplitude that momentum still carries (`ringing`), [].
+    - `log_decay`: its rate per step, a constant, [].
+    """
+
+    mean: State
+    delta: PyTree
+    memory: Float[Array, ""]
+    log_decay: Float[Array, ""]
+
+
+def modulated(dynamics: Dynamics, *, bea: bool = True, floor: Floor = None) -> Flow:
+    r"""The modulated flow of any optimizer (ours).
+
+    Write the optimizer's phase as $z_t = c_t + (-1)^t \delta_t$ with c and delta both
+    smooth (a modulated Fourier expansion; Hairer, Lubich, Wanner, *Geometric Numerical
+    Integration*, XIII). With $F_\pm = F(c \pm \delta, s)$ and F = Phi - id the
+    increment of the update map, one step is exactly a unit Euler step of
+
+    $$\dot c = \tfrac12 (F_+ + F_-), \quad \dot s = \text{mean of } F_s, \quad
+      \dot\delta = -\tfrac12 (F_+ - F_-) - 2\delta .$$
+
+    No eigenvectors and no Hessian-vector products: delta finds the unstable directions
+    itself, several at once, and momentum (a non-symmetric map) is no special case.
+
+    **Arguments**
+
+    - `dynamics`: from `rodjax.dynamics`.
+    - `bea`: correct the field f by backward error analysis, $f(y - f(y)/2)$ in place
+      of $f(y)$; four evaluations of Phi in place of two. Along delta, the half is
+      replaced by $k(\sigma) = (\sigma - \log(1 + \sigma))/\sigma^2 = 1/2 - \sigma/3 +
+      \dots$ with sigma the growth rate of delta, so that its growth is exact however
+      violent the onset.
+    - `floor`: the least size of delta in the parameters, relative to their norm; `None`
+      for what rounding gives one direction of a real run, the dtype's epsilon times
+      3/sqrt(n), at most 1, for n parameters; 0 for none; or a function of `lr`,
+      such as `lambda h: h["floor"]` in a sweep. Below it delta is pushed out
+      along itself. With momentum the floor is what the run still carries
+      (`rodjax.ringing`), if that is more. A delta near rounding errors is evaluated at
+      a multiple of it, where its field is still linear.
+
+    **Starting points.** From scratch: c = w0 and delta a random vector of the floor's
+    size. From a window: c its second-order midpoint, delta its alternating part.
+
+    **Raises** `ValueError` if `floor` is negative.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> valley = rj.problems.berthier(initial=(0.1, 6.5))
+    >>> sgd = rj.dynamics(optax.sgd(0.3), valley.loss)
+    >>> path = rj.integrate(rj.flows.modulated(sgd), valley.params, steps=800)
+    >>> bool(abs(path.params["y"][-1] - 2 / 0.3) < 0.2)
+    True
+
+    ```
+    """
+    least = floor_size(floor)
+
+    def roundoff(params: PyTree, lr: PyTree) -> Array:
+        share = min(1.0, GATHERED / optax.tree.size(params) ** 0.5)
+        return least(params, lr) * (share if floor is None else 1.0)
+
+    def raw_field(mean: State, delta: PyTree, lr: PyTree) -> tuple[State, PyTree]:
+        reach = _reach(mean.params, delta[0])
+        plus = dynamics.increment(shift(mean, delta, reach), lr=lr)
+        minus = dynamics.increment(shift(mean, delta, -reach), lr=lr)
+        d_mean = jax.tree.map(lambda p, m: 0.5 * (p + m), plus, minus)
+        d_delta = jax.tree.map(
+            lambda p, m, d: -0.5 * (p - m) / reach - 2.0 * d,
+            plus.phase,
+            minus.phase,
+            delta,
+        )
+        return d_mean, d_delta
+
+    def vector_field(t, y: ModulatedState, lr: PyTree) -> ModulatedState:
+        d_mean, d_delta = raw_field(y.mean, y.delta, lr)
+        lowest = jnp.maximum(roundoff(y.mean.params, lr), y.memory)
+        push = 2.0 * jnp.maximum(lowest / _size(y.delta, d_delta) - 1.0, 0.0)
+        if bea:
+            lag = _lag(y.delta, d_delta)
+            back = jax.tree.map(lambda d, f: d - lag * f, y.delta, d_delta)
+            d_mean, d_delta = raw_field(half_step_back(y.mean, d_mean), back, lr)
+        return ModulatedState(
+            mean=d_mean,
+            delta=optax.tree.add_scale(d_delta, push, y.delta),
+            memory=y.log_decay * y.memory,
+            log_decay=jnp.zeros_like(y.log_decay),
+        )
+
+    def init(start: PyTree | Window, *, lr: PyTree, key: Array) -> ModulatedState:
+        if isinstance(start, Window):
+            mean, delta = midpoint(start), alternating(start).phase
+            memory, log_decay = ringing(dynamics, start, lr=lr)
+            scale = floor(lr) if callable(floor) else floor
+            memory = memory if scale is None else jnp.where(scale == 0, 0, memory)
+        else:
+            mean = dynamics.init(start, lr=lr)
+            delta = optax.tree.zeros_like(mean.phase)
+            memory = log_decay = jnp.zeros_like(roundoff(mean.params, lr))
+        # Any delta at all needs a direction to be pushed along.
+        noise = optax.tree.random_like(key, mean.params)
+        size = roundoff(mean.params, lr) / optax.tree.norm(noise)
+        delta = (optax.tree.add_scale(delta[0], size, noise), *delta[1:])
+        return ModulatedState(mean, delta, memory, log_decay)
+
+    return Flow(
+        init=init,
+        vector_field=vector_field,
+        observe=lambda y, *, lr: (
+            stack(shift(y.mean, y.delta).params, shift(y.mean, y.delta, -1.0).params),
+            {},
+        ),
+        dynamics=dynamics,
+        evaluations=4 if bea else 2,
+    )
+
+
+def _size(delta: PyTree, d_delta: PyTree) -> Array:
+    """Size of the alternation of the parameters, momentum's share in them included.
+
+    What momentum carries shows in the step it is about to make: |(F+ - F-)/2|.
+    """
+    own = optax.tree.norm(delta[0])
+    kick = optax.tree.norm(optax.tree.add_scale(d_delta[0], 2.0, delta[0]))
+    return jnp.maximum(jnp.hypot(own, kick), jnp.finfo(own.dtype).tiny)
+
+
+def _reach(params: PyTree, delta: PyTree) -> Array:
+    """How many delta to either side of c to evaluate: one, but for the smallest delta.
+
+    Those vanish among the rounding errors of c, and their field is linear.
+    """
+    size = optax.tree.norm(delta)
+    epsilon, tiny = jnp.finfo(size.dtype).eps, jnp.finfo(size.dtype).tiny
+    visible = VISIBLE * float(epsilon) * optax.tree.norm(params)
+    # No more, lest a delta of zero gets an infinite one.
+    return jnp.clip(visible / jnp.maximum(size, tiny), 1.0, 1.0 / float(epsilon))
+
+
+def _lag(delta: PyTree, d_delta: PyTree) -> Array:
+    """k(sigma) at the growth rate of delta: how far back BEA evaluates its field."""
+    size = jnp.maximum(optax.tree.vdot(delta[0], delta[0]), 0.0)
+    tiny = jnp.finfo(size.dtype).tiny
+    rate = optax.tree.vdot(delta[0], d_delta[0]) / jnp.maximum(size, tiny)
+    rate = jnp.clip(rate, SLOWEST, FASTEST)
+    # The closed form cancels near zero; there its series is exact to rounding.
+    small = jnp.abs(rate) < 0.02
+    safe = jnp.where(small, 1.0, rate)
+    series = 0.5 + rate * (-1 / 3 + rate * (1 / 4 - rate / 5))
+    return jnp.where(small, series, (safe - jnp.log1p(safe)) / safe**2)

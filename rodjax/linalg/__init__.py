@@ -1,0 +1,33 @@
+"""Linear algebra that knows no loss and no optimizer.
+
+Knows: the largest eigenvalues of symmetric operators on pytrees, the semidefinite
+complementarity problem, covariances of low rank as a few rows, and eliminations of a
+few dimensions that a vector field can afford. Must not know: where an operator comes
+from.
+"""
+
+from rodjax.linalg._complementarity import Complementary, complementarity
+from rodjax.linalg._eigen import Eigenpair, Eigenpairs, top_eigenpair, top_eigenpairs
+from rodjax.linalg._lowrank import (
+    cubature,
+    flatten,
+    orthonormal,
+    root,
+    tangent,
+    unflatten,
+)
+
+__all__ = [
+    "Complementary",
+    "Eigenpair",
+    "Eigenpairs",
+    "complementarity",
+    "cubature",
+    "flatten",
+    "orthonormal",
+    "root",
+    "tangent",
+    "top_eigenpair",
+    "top_eigenpairs",
+    "unflatten",
+]

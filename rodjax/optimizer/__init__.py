@@ -1,0 +1,69 @@
+"""The update map of an Optax optimizer, and what follows from it alone.
+
+Knows: how a step of any Optax optimizer is taken and its state split (`dynamics`,
+`State`), windows of consecutive states of a run (`Window`), when the linearized map
+becomes unstable (`threshold`), and when two optimizers are the same (`compiled`). Must
+not know: derivatives of the loss beyond its gradient, flows, solvers, files.
+"""
+
+from rodjax.optimizer._dynamics import (
+    Dynamics,
+    Kind,
+    Loss,
+    OptimizerFactory,
+    State,
+    dynamics,
+    merge,
+    split_like,
+)
+from rodjax.optimizer._same import Same, compiled, fingerprint
+from rodjax.optimizer._stability import (
+    LinearMap,
+    alternating_multiplier,
+    coordinate_thresholds,
+    has_momentum,
+    inverse_preconditioner,
+    learning_rate,
+    linearize,
+    threshold,
+    unit_preconditioner,
+)
+from rodjax.optimizer._window import (
+    REACH,
+    Window,
+    alternating,
+    half_step_midpoint,
+    midpoint,
+    slide,
+    warm_up,
+)
+
+__all__ = [
+    "REACH",
+    "Dynamics",
+    "Kind",
+    "LinearMap",
+    "Loss",
+    "OptimizerFactory",
+    "Same",
+    "State",
+    "Window",
+    "alternating",
+    "alternating_multiplier",
+    "compiled",
+    "coordinate_thresholds",
+    "dynamics",
+    "fingerprint",
+    "half_step_midpoint",
+    "has_momentum",
+    "inverse_preconditioner",
+    "learning_rate",
+    "linearize",
+    "merge",
+    "midpoint",
+    "slide",
+    "split_like",
+    "threshold",
+    "unit_preconditioner",
+    "warm_up",
+]

@@ -1,0 +1,29 @@
+"""What trajectories and sweeps come to, for people and for files.
+
+Knows: labelled data sets of runs and flows (xarray), plots of runs and of sweeps
+(matplotlib). Must not know: problems, optimizers by name, the command line.
+"""
+
+from rodjax.report._dataset import dataset
+from rodjax.report._plot_run import plot
+from rodjax.report._plot_sweep import (
+    abscissa,
+    alive,
+    by_row,
+    evenly,
+    plot_lanes,
+    plot_sweep,
+    spread,
+)
+
+__all__ = [
+    "abscissa",
+    "alive",
+    "by_row",
+    "dataset",
+    "evenly",
+    "plot",
+    "plot_lanes",
+    "plot_sweep",
+    "spread",
+]

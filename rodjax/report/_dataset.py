@@ -1,0 +1,65 @@
+"""Trajectories as one labelled xarray data set."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rodjax.solve import (
+    COMPARED,
+    FLOW,
+    RUN,
+    STEP,
+    Trajectory,
+    attributes,
+    compare,
+    stacked,
+    step_coordinate,
+)
+
+if TYPE_CHECKING:
+    import xarray
+
+
+def dataset(
+    run: Trajectory, flows: Mapping[str, Trajectory], **settings: Any
+) -> "xarray.Dataset":
+    """A run and its flows as an xarray data set, ready for `to_netcdf`.
+
+    Dimensions: `flow` ("run" and the flows' names) and `step` (optimizer steps; of a
+    flow of half-step midpoints, the step before). Variables: every recorded metric, NaN
+    for a flow that lacks it, and `distance` (zero for the run). `settings` become
+    attributes.
+
+    **Raises** `ValueError` where `compare` does, `ImportError` without xarray
+    (`pip install "rodjax[sweep]"`).
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(0.2), lambda w: 0.5 * jnp.sum(w**2))
+    >>> run = rj.descend(sgd, jnp.ones(2), 3)
+    >>> flow = rj.integrate(rj.flows.stable(sgd), jnp.ones(2), 3)
+    >>> rj.dataset(run, {"stable": flow}, lr=0.2)["loss"].shape
+    (2, 4)
+
+    ```
+    """
+    import xarray
+
+    comparisons = {name: compare(run, flow) for name, flow in flows.items()}
+    metrics: list[Mapping[str, Any]] = [
+        run.metrics | {"distance": np.zeros(run.steps.shape)}
+    ]
+    for name, flow in flows.items():
+        metrics.append(flow.metrics | {"distance": comparisons[name].distance})
+    long_names = dict(COMPARED)
+    for path in (*flows.values(), run):
+        long_names |= dict(path.long_names)
+    return xarray.Dataset(
+        {
+            name: ((FLOW, STEP), values, attributes(name, long_names))
+            for name, values in stacked(metrics).items()
+        },
+        coords={FLOW: [RUN, *flows], STEP: step_coordinate(run.steps)},
+        attrs=settings,
+    )

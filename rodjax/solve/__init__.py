@@ -1,0 +1,81 @@
+"""From a flow or an optimizer to a Trajectory.
+
+Knows: the loop that follows either from one saved moment to the next (`integrate`,
+`descend`), what can be recorded on the way (`Metric`), and how far a flow is from a run
+(`compare`). Must not know: grids, devices, files, plots.
+"""
+
+from rodjax.solve._compare import (
+    COMPARED,
+    SUMMARIES,
+    Comparison,
+    compare,
+    last_finite,
+    separation,
+)
+from rodjax.solve._course import Course, Method, begun, descent, solution, solving
+from rodjax.solve._integrate import descend, everything, integrate, saved_moments
+from rodjax.solve._labels import (
+    FLOW,
+    RUN,
+    STEP,
+    attributes,
+    stacked,
+    step_coordinate,
+)
+from rodjax.solve._metrics import (
+    LOSSES,
+    edge_of_stability,
+    losses,
+    monitor,
+    spectrum,
+    stability_coefficients,
+)
+from rodjax.solve._record import Place, begin, measure, proceed
+from rodjax.solve._trajectory import (
+    Metric,
+    Progress,
+    Reached,
+    Snapshot,
+    Trajectory,
+)
+
+__all__ = [
+    "COMPARED",
+    "FLOW",
+    "LOSSES",
+    "RUN",
+    "STEP",
+    "SUMMARIES",
+    "Comparison",
+    "Course",
+    "Method",
+    "Metric",
+    "Place",
+    "Progress",
+    "Reached",
+    "Snapshot",
+    "Trajectory",
+    "attributes",
+    "begin",
+    "begun",
+    "compare",
+    "descend",
+    "descent",
+    "edge_of_stability",
+    "everything",
+    "integrate",
+    "last_finite",
+    "losses",
+    "measure",
+    "monitor",
+    "proceed",
+    "saved_moments",
+    "separation",
+    "solution",
+    "solving",
+    "spectrum",
+    "stability_coefficients",
+    "stacked",
+    "step_coordinate",
+]

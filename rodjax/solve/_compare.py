@@ -1,0 +1,199 @@
+"""How far a flow is from the optimizer that it models."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, PyTree
+
+from rodjax.solve._trajectory import Trajectory
+
+
+class Comparison(NamedTuple):
+    """A flow against a run, at the T saved moments; printing it gives a summary.
+
+    - `steps`: [T], the run's steps.
+    - `distance`: [T], Euclidean distance over all saved parameters between the flow's
+      centre and the run's midpoint, second-order or half-step as the flow models it.
+    - `run`, `flow`: name -> [T], the metrics of each: `loss` at the centre,
+      `mean_loss` over the ends (predicted and measured time average), `amplitude` of
+      the oscillation, and whatever else was recorded, such as `sharpness_ratio`.
+    - `evaluations`, `diverged_at`: the flow's, see `Trajectory`.
+    """
+
+    steps: Float[Array, "*batch T"]
+    distance: Float[Array, "*batch T"]
+    run: dict[str, Any]
+    flow: dict[str, Any]
+    evaluations: Float[Array, "*batch"]
+    diverged_at: Float[Array, "*batch"]
+
+    def summary(self) -> dict[str, float]:
+        """The comparison in a few floats; finite entries only, of one lane.
+
+        `final_*` is the last entry before a divergence, `mean_distance` the mean over
+        all, `median_sharpness_ratio` the median over the last third (NaN without the
+        metric `edge_of_stability`).
+        """
+        nothing = jnp.full_like(self.distance, jnp.nan)
+        values = self.flow | {"distance": self.distance}
+        return {
+            name: found.reduce(values.get(found.source, nothing))
+            for name, found in SUMMARIES.items()
+        } | {
+            "update_evaluations": float(self.evaluations),
+            "diverged_at": float(self.diverged_at),
+        }
+
+    def __str__(self) -> str:
+        rows = self.summary() | {
+            "final_mean_loss": last_finite(self.flow["mean_loss"]),
+            "final_mean_loss (run)": last_finite(self.run["mean_loss"]),
+            "final_amplitude": last_finite(self.flow["amplitude"]),
+            "final_amplitude (run)": last_finite(self.run["amplitude"]),
+        }
+        return "\n".join(f"{name:24} {value:.6g}" for name, value in rows.items())
+
+
+def compare(run: Trajectory, flow: Trajectory) -> Comparison:
+    """Compare a flow with a run of the optimizer, saved at the same steps.
+
+    Flows predict midpoints, never raw iterates: second-order midpoints, or half-step
+    ones for a flow whose steps are half-integers (rods).
+
+    **Arguments**
+
+    - `run`: from `rodjax.descend`.
+    - `flow`: from `rodjax.integrate`, from the same start, for as many steps, with the
+      same `every` and the same (linear) `keep`, which must keep something. Leading axes
+      from a vmap are allowed on both.
+
+    **Raises** `ValueError` if the saved steps or parameters do not match.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(0.2), lambda w: 0.5 * jnp.sum(w**2))
+    >>> start = rj.warm_up(sgd, jnp.ones(2), 5)
+    >>> run = rj.descend(sgd, start, 10)
+    >>> near = rj.compare(run, rj.integrate(rj.flows.modulated(sgd), start, 10))
+    >>> far = rj.compare(run, rj.integrate(rj.flows.stable(sgd), start, 10))
+    >>> bool(near.distance[-1] < 0.2 * far.distance[-1])
+    True
+
+    ```
+    """
+    if flow.steps.shape != run.steps.shape:
+        raise ValueError(
+            f"flow has saved steps of shape {flow.steps.shape}, run of "
+            f"{run.steps.shape}: use the same steps= and every= for both"
+        )
+    early = flow.steps - run.steps
+    if not isinstance(early, Tracer) and not np.all((early >= 0) & (early < 1)):
+        raise ValueError(
+            "flow and run were saved at different steps: start both from the same "
+            "parameters or the same window"
+        )
+    if jax.tree.map(jnp.shape, flow.params) != jax.tree.map(jnp.shape, run.params):
+        raise ValueError(
+            "flow and run keep different parameters: use the same keep= for both"
+        )
+    if not jax.tree.leaves(flow.params):
+        raise ValueError("keep= has kept no parameters: there is no distance")
+
+    distance = separation(early, flow.params, run.params, run.ends)
+    return Comparison(
+        run.steps,
+        distance,
+        run.metrics,
+        flow.metrics,
+        flow.evaluations,
+        flow.diverged_at,
+    )
+
+
+def separation(
+    early: Float[Array, "*batch"], centre: PyTree, midpoint: PyTree, ends: PyTree
+) -> Float[Array, "*batch"]:
+    """Distance of a flow's centre from the run's midpoint.
+
+    The second-order midpoint where the flow is saved `early` = 0 steps later than the
+    run, the half-step one, of the run's two `ends`, where it is 1/2.
+    """
+    depth = jnp.ndim(early)
+    squares = jax.tree.map(
+        lambda c, m, e: jnp.where(
+            early < 0.25,
+            _squares(c - m, depth),
+            _squares(c - jnp.mean(e, axis=depth), depth),
+        ),
+        centre,
+        midpoint,
+        ends,
+    )
+    return jnp.sqrt(sum(jax.tree.leaves(squares)))
+
+
+def last_finite(values: Any) -> float:
+    """The last finite entry, NaN if there is none."""
+    return _of_finite(lambda x: x[-1], values)
+
+
+def mean_of_finite(values: Any) -> float:
+    """The mean of the finite entries, NaN if there is none."""
+    return _of_finite(np.mean, values)
+
+
+def median_of_last_third(values: Any) -> float:
+    """The median of the finite entries in the last third, NaN if there is none."""
+    return _of_finite(np.median, values[-(len(values) // 3) :])
+
+
+class Summary(NamedTuple):
+    """A number that stands for a whole trajectory.
+
+    - `source`: the metric, over time, that it is of; `reduce`: how.
+    - `long_name`: what a data set says of it.
+    """
+
+    source: str
+    reduce: Callable[[Any], float]
+    long_name: str
+
+
+SUMMARIES: dict[str, Summary] = {
+    "final_distance": Summary("distance", last_finite, "last finite distance"),
+    "mean_distance": Summary(
+        "distance", mean_of_finite, "mean distance over the steps"
+    ),
+    "final_loss": Summary("loss", last_finite, "last finite loss at the centre"),
+    "final_sharpness_ratio": Summary(
+        "sharpness_ratio", last_finite, "last finite sharpness over threshold"
+    ),
+    "median_sharpness_ratio": Summary(
+        "sharpness_ratio",
+        median_of_last_third,
+        "median sharpness over threshold in the last third",
+    ),
+}
+#: Name -> long name of what a comparison adds to the metrics of a trajectory.
+COMPARED: Mapping[str, str] = MappingProxyType(
+    {
+        "distance": "distance of the centre from the run's midpoint",
+        "evaluations": "evaluations of the update map",
+        "diverged_at": "first step that was not finite",
+    }
+    | {name: found.long_name for name, found in SUMMARIES.items()}
+)
+
+
+def _of_finite(reduce: Any, values: Any) -> float:
+    finite = np.asarray(values)[np.isfinite(values)]
+    return float(reduce(finite)) if finite.size else float("nan")
+
+
+def _squares(difference: Array, depth: int) -> PyTree:
+    return jnp.sum(difference**2, axis=tuple(range(depth, difference.ndim)))

@@ -1,0 +1,216 @@
+"""A flow solved with diffrax, and the optimizer itself, as the same Trajectory."""
+
+from collections.abc import Callable, Sequence
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from rodjax.flows import Flow
+from rodjax.optimizer import Dynamics, Window, compiled, warm_up
+from rodjax.solve._course import Method, begun, descent, solution, solving
+from rodjax.solve._metrics import losses
+from rodjax.solve._record import record
+from rodjax.solve._trajectory import Metric, Progress, Reached, Trajectory
+
+
+def everything(params: PyTree) -> PyTree:
+    """All of the parameters: what a trajectory keeps of them by default."""
+    return params
+
+
+def descend(
+    dynamics: Dynamics,
+    start: PyTree | Window,
+    steps: int,
+    *,
+    lr: PyTree = None,
+    every: int = 1,
+    metrics: Sequence[Metric] = (),
+    keep: Callable[[PyTree], PyTree] = everything,
+    progress: Progress | None = None,
+) -> Trajectory:
+    """Run the optimizer itself, by `lax.scan` over its update map.
+
+    **Arguments**
+
+    - `dynamics`: from `rodjax.dynamics`.
+    - `start`: initial parameters; or a `Window` to go on from, of `warm_up` or the
+      `final` of a run.
+    - `steps`: optimizer steps, a multiple of `every`.
+    - `lr`: the learning rate if `dynamics` takes one: data, so it may be vmapped.
+    - `every`: save every so many steps, to bound memory.
+    - `metrics`: recorded beside the loss, such as `edge_of_stability(dynamics)`.
+    - `keep`: what to keep of the parameters, any function of them (linear, if the saved
+      values are to be averaged or compared); `lambda p: None` keeps nothing.
+    - `progress`: called on the host with the step and the loss, at most a hundred times
+      and at the last moment.
+
+    **Returns** a `Trajectory` over the second-order midpoints at `steps / every + 1`
+    moments; the iterates are its `ends`. It is differentiable in `lr` and `start`,
+    forwards and in reverse.
+
+    **Raises** `ValueError` on a `steps` that is not a positive multiple of `every`, on
+    metrics that record the same name, and what `rodjax.dynamics` says of parameters,
+    loss and `lr`; `TypeError` if `start` is the `final` of a flow.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd, lambda w: 0.5 * w**2)
+    >>> run = rj.descend(sgd, jnp.array(8.0), steps=3, lr=1.5)
+    >>> run.ends[:, 0].tolist()
+    [8.0, -4.0, 2.0, -1.0]
+
+    ```
+    """
+    moments = saved_moments(steps, every)
+    if isinstance(start, Reached):
+        raise TypeError(
+            "start is the final of a flow, which an optimizer cannot go on from: give "
+            "parameters, or a Window (of warm_up, or the final of a run)"
+        )
+    window = start if isinstance(start, Window) else warm_up(dynamics, start, lr=lr)
+    lr = dynamics.cast(window.at(0).params, lr=lr)
+    every_metric = (losses(dynamics.loss), *metrics)
+    return _descend(dynamics, window, lr, every_metric, keep, progress, moments, every)
+
+
+@compiled
+def _descend(
+    dynamics: Dynamics,
+    window: Window,
+    lr: PyTree,
+    metrics: tuple[Metric, ...],
+    keep: Callable[[PyTree], PyTree],
+    progress: Progress | None,
+    moments: int,
+    every: int,
+) -> Trajectory:
+    course = descent(dynamics, lr, every)
+    return record(course, window, metrics, keep, progress, moments, every)
+
+
+def integrate(
+    flow: Flow,
+    start: PyTree | Window | Reached,
+    steps: int,
+    *,
+    lr: PyTree = None,
+    solver: diffrax.AbstractSolver | None = None,
+    substeps: int = 4,
+    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
+    adjoint: diffrax.AbstractAdjoint | None = None,
+    every: int = 1,
+    metrics: Sequence[Metric] = (),
+    keep: Callable[[PyTree], PyTree] = everything,
+    key: Array | None = None,
+    progress: Progress | None = None,
+) -> Trajectory:
+    """Solve a flow with diffrax, saving at whole optimizer steps.
+
+    It compiles once for a flow and shapes, a flow that is built again from the same
+    parts included; `lr` is data, so a grid of learning rates goes through one
+    compilation, in a loop or under `jax.vmap`.
+
+    **Arguments**
+
+    - `flow`: from `rodjax.flows`.
+    - `start`: parameters, for a flow from scratch: the optimizer's state is then a new
+      one, its schedules at their beginning. Or a `Window` of a run to go on from, or
+      the `final` of this flow's own trajectory.
+    - `steps`, `every`, `metrics`, `keep`, `progress`: as for `descend`.
+    - `lr`: the learning rate if the flow's dynamics take one.
+    - `solver`: any diffrax solver of ODEs, explicit or implicit; Heun by default.
+    - `substeps`: solver steps to an optimizer step; 4 is safe with Heun.
+    - `stepsize_controller`: of diffrax; constant steps by default. An adaptive one
+      starts afresh at every saved moment.
+    - `adjoint`: how the solution is differentiated, in `lr` and in `start`:
+      `diffrax.RecursiveCheckpointAdjoint()` by default, in reverse (`jax.grad`);
+      `diffrax.ForwardMode()` for `jax.jvp` and `jax.jacfwd`.
+    - `key`: of what the flow draws at random; `jax.random.key(0)` if `None`.
+
+    **Returns** a `Trajectory`. A lane whose state stops being finite (or outgrows the
+    square root of the largest float, or whose controller gives up) is frozen and says
+    so in `diverged_at`; others go on.
+
+    **Raises** `ValueError` on `substeps` below 1, on a `steps` that is not a positive
+    multiple of `every`, on metrics that record the same name, on a solver or adjoint
+    that cannot serve, on the `final` of another flow, and what the flow and its
+    dynamics say of their arguments.
+
+    ```python
+    >>> import jax, jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd, lambda w: 0.5 * jnp.sum(w**2))
+    >>> flow = rj.flows.modulated(sgd)
+    >>> solve = lambda lr: rj.integrate(flow, jnp.ones(2), steps=5, lr=lr)
+    >>> paths = jax.vmap(solve)(jnp.array([0.1, 0.2, 0.3]))
+    >>> paths.metrics["loss"].shape
+    (3, 6)
+    >>> slope = jax.grad(lambda lr: solve(lr).metrics["loss"][-1])(0.1)
+    >>> bool(slope < 0)  # larger steps come further down
+    True
+
+    ```
+    """
+    moments = saved_moments(steps, every)
+    method = solving(solver, substeps, stepsize_controller, adjoint)
+    if isinstance(start, Reached):
+        _check_own(flow, start, lr)
+        params = flow.centre(start.state).params
+    else:
+        params = start.at(0).params if isinstance(start, Window) else start
+    lr = flow.dynamics.cast(params, lr=lr)
+    start = jax.tree.map(jnp.asarray, start)
+    key = jax.random.key(0) if key is None else key
+    every_metric = (losses(flow.dynamics.loss), *metrics)
+    return _integrate(
+        flow, start, lr, key, every_metric, keep, progress, moments, every, method
+    )
+
+
+@compiled
+def _integrate(
+    flow: Flow,
+    start: PyTree | Window | Reached,
+    lr: PyTree,
+    key: Array,
+    metrics: tuple[Metric, ...],
+    keep: Callable[[PyTree], PyTree],
+    progress: Progress | None,
+    moments: int,
+    every: int,
+    method: Method,
+) -> Trajectory:
+    course = solution(flow, lr, every, method)
+    at = start if isinstance(start, Reached) else begun(flow, start, lr, key)
+    return record(course, at, metrics, keep, progress, moments, every)
+
+
+def saved_moments(steps: int, every: int) -> int:
+    """The moments saved after the first. Raises `ValueError` if they do not fit."""
+    if every < 1:
+        raise ValueError(f"every must be at least 1, got {every}")
+    if steps < 1 or steps % every:
+        raise ValueError(
+            f"steps must be a positive multiple of every={every}, got {steps}"
+        )
+    return steps // every
+
+
+def _check_own(flow: Flow, start: Reached, lr: PyTree) -> None:
+    """Raise `ValueError` unless the state is one that this flow moves."""
+    shape = lambda x: (x.shape, x.dtype)
+    try:
+        moved = jax.eval_shape(flow.vector_field, start.time, start.state, lr)
+        same = jax.tree.map(shape, moved) == jax.tree.map(shape, start.state)
+    except Exception as error:
+        # Whatever a flow makes of a state that is not its own.
+        same, cause = False, error
+    else:
+        cause = None
+    if not same:
+        raise ValueError(
+            "start is the final of another flow: go on with the flow, options and "
+            "learning rate that it is of, or start from a Window"
+        ) from cause

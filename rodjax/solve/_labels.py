@@ -1,0 +1,31 @@
+"""Names of a labelled result: its dimensions, and what its variables say."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FLOW, STEP = "flow", "step"
+#: The optimizer's own entry among the flows.
+RUN = "run"
+
+
+def stacked(metrics: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
+    """The metrics of several models by name, NaN for a model that lacks one."""
+    names = dict.fromkeys(name for model in metrics for name in model)
+    missing = np.full(np.shape(metrics[0]["loss"]), np.nan)
+    return {
+        name: np.stack([np.asarray(model.get(name, missing)) for model in metrics])
+        for name in names
+    }
+
+
+def attributes(name: str, long_names: Mapping[str, str]) -> dict[str, str]:
+    """What a variable of a result says of itself."""
+    return {"long_name": long_names.get(name, name.replace("_", " "))}
+
+
+def step_coordinate(steps: Any) -> tuple[str, NDArray[Any], dict[str, str]]:
+    """The coordinate of the steps, for xarray."""
+    return (STEP, np.asarray(steps), {"units": "optimizer steps"})

@@ -1,0 +1,164 @@
+"""The one compiled program of a sweep: a chunk of lanes over a chunk of time."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PyTree
+
+from rodjax.flows import Flow
+from rodjax.optimizer import Dynamics, warm_up
+from rodjax.solve import (
+    RUN,
+    Course,
+    Method,
+    Metric,
+    Place,
+    Snapshot,
+    begin,
+    begun,
+    descent,
+    losses,
+    measure,
+    proceed,
+    separation,
+    solution,
+)
+from rodjax.sweeps._grid import SEED
+
+Point = dict[str, Array]
+Places = dict[str, Place]
+
+
+class Spec(NamedTuple):
+    """What every lane computes; static, so equal ones share a compilation.
+
+    - `draw(key) -> params`: initial parameters of a lane, if they differ.
+    - `warmup`: optimizer steps before the first moment; `every`: between moments.
+    - `keep(params)`: what to keep of the parameters at every saved moment.
+    """
+
+    dynamics: Dynamics
+    draw: Callable[[Array], PyTree] | None
+    flows: tuple[tuple[str, Flow], ...]
+    warmup: int
+    every: int
+    metrics: tuple[Metric, ...]
+    keep: Callable[[PyTree], PyTree]
+    method: Method
+
+
+class Rows(NamedTuple):
+    """What a chunk adds to the result, by model: the run, and each flow.
+
+    - `metrics`: name -> [lanes, moments]; of a flow also its `distance`.
+    - `kept`: what `keep` makes of the centre's parameters, [lanes, moments, ...].
+    - `diverged_at`, `evaluations`: [lanes], so far.
+    """
+
+    metrics: dict[str, dict[str, Array]]
+    kept: dict[str, PyTree]
+    diverged_at: dict[str, Array]
+    evaluations: dict[str, Array]
+
+
+def hyperparameters(point: Point) -> PyTree:
+    """What a lane hands to the optimizer and the flows as `lr`.
+
+    The learning rate itself where the grid has no other name but `seed`, else a dict.
+    """
+    named = {name: value for name, value in point.items() if name != SEED}
+    return named["lr"] if named.keys() == {"lr"} else named or None
+
+
+def set_out(spec: Spec, params: PyTree, point: Point) -> Places:
+    """A lane's first moment, `warmup` steps after its initial parameters."""
+    key = jax.random.key(point.get(SEED, 0))
+    params = params if spec.draw is None else spec.draw(key)
+    lr = _lr(spec, point, params)
+    window = warm_up(spec.dynamics, params, lr=lr)
+    window, lost_at, _ = descent(spec.dynamics, lr, spec.warmup).advance(window)
+    # No flow can start from a run that is lost already.
+    states = {name: begun(flow, window, lr, key) for name, flow in spec.flows}
+    return {
+        name: begin(course, states.get(name, window), _metrics(spec), lost_at)
+        for name, course in _courses(spec, lr).items()
+    }
+
+
+def follow(
+    spec: Spec,
+    length: int,
+    params: PyTree,
+    point: Point,
+    places: Places,
+    fresh: Array,
+    count: Int[Array, ""],
+) -> tuple[Places, Rows]:
+    """One lane for `count <= length` more moments, after the first one if `fresh`.
+
+    The first moment is in row 0, which is NaN otherwise; rows beyond `count` are NaN.
+    """
+    places = jax.lax.cond(fresh, lambda: set_out(spec, params, point), lambda: places)
+    courses = _courses(spec, _lr(spec, point, places[RUN].state.at(0).params))
+    metrics = _metrics(spec)
+
+    def go_on(places: Places) -> Places:
+        return {name: proceed(courses[name], place) for name, place in places.items()}
+
+    def save(places: Places) -> tuple[Places, PyTree]:
+        seen, values, following = {}, {}, {}
+        for name, course in courses.items():
+            measured = measure(course, places[name], metrics)
+            following[name], seen[name], values[name] = measured
+        return following, _row(spec, seen, values)
+
+    def body(moment, carry):
+        places, rows = carry
+        # The first is saved in the same loop, so that `save` is compiled once.
+        places, row = save(jax.lax.cond(moment > 0, go_on, lambda p: p, places))
+        return places, jax.tree.map(lambda x, r: x.at[moment].set(r), rows, row)
+
+    rows = jax.tree.map(
+        lambda x: jnp.full((length + 1, *x.shape), jnp.nan, x.dtype),
+        jax.eval_shape(lambda: save(places)[1]),
+    )
+    first = jnp.where(fresh, 0, 1)
+    places, (metrics, kept) = jax.lax.fori_loop(first, count + 1, body, (places, rows))
+    return places, Rows(
+        metrics,
+        kept,
+        {name: place.diverged_at for name, place in places.items()},
+        {name: place.evaluations for name, place in places.items()},
+    )
+
+
+def _lr(spec: Spec, point: Point, params: PyTree) -> PyTree:
+    return spec.dynamics.cast(params, lr=hyperparameters(point))
+
+
+def _courses(spec: Spec, lr: PyTree) -> dict[str, Course]:
+    courses = {RUN: descent(spec.dynamics, lr, spec.every)}
+    for name, flow in spec.flows:
+        courses[name] = solution(flow, lr, spec.every, spec.method)
+    return courses
+
+
+def _metrics(spec: Spec) -> tuple[Metric, ...]:
+    return losses(spec.dynamics.loss), *spec.metrics
+
+
+def _row(
+    spec: Spec, seen: dict[str, Snapshot], values: dict[str, dict[str, Array]]
+) -> tuple[PyTree, PyTree]:
+    """The metrics and kept parameters of all models at one moment."""
+    run = seen[RUN]
+    metrics = dict(values)
+    for name, flow in spec.flows:
+        early = jnp.asarray(flow.offset)
+        distance = separation(
+            early, seen[name].centre.params, run.centre.params, run.ends
+        )
+        metrics[name] = metrics[name] | {"distance": distance}
+    return metrics, {name: spec.keep(one.centre.params) for name, one in seen.items()}
