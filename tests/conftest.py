@@ -4,6 +4,7 @@ import os
 
 import jax
 import jaxlib
+import jaxtyping
 import pytest
 
 # Nearly all of the time goes into compiling programs that run once.
@@ -15,6 +16,8 @@ os.environ["XLA_FLAGS"] = flags
 os.environ["MPLBACKEND"] = "agg"
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Before anything imports rodjax: shapes and types are checked at every call.
+jaxtyping.install_import_hook("rodjax", "typecheck.check")
 # Started here, so that the command line's tests cannot give JAX other devices.
 jax.devices()
 
@@ -24,12 +27,3 @@ def forget_compiled_programs():
     """All modules' programs together exhaust the memory that the compiler maps."""
     yield
     jax.clear_caches()
-
-
-@pytest.fixture
-def own_configuration():
-    """The command configures its process; the tests share theirs."""
-    saved = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
-    yield
-    jax.config.update("jax_enable_x64", saved[0])
-    jax.config.update("jax_default_matmul_precision", saved[1])

@@ -4,6 +4,7 @@ A process prints a JSON line at every chunk, and saves what every sweep returned
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -24,18 +25,25 @@ def options(words):
     parser = argparse.ArgumentParser()
     parser.add_argument("--save", type=Path, help="folder for the results")
     parser.add_argument("--out", nargs="+", default=[NONE], help="one of each sweep")
+    parser.add_argument("--stop", type=int, help="the first sweep after so many chunks")
     parser.add_argument("--devices", type=int, default=1, help="of each process")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
     parser.add_argument("--port", type=int)
-    parser.add_argument("--lane-chunk", type=int)
+    parser.add_argument("--lane-chunk", type=int, nargs="+", default=[0], help="0: all")
     parser.add_argument("--time-chunk", type=int, default=5)
     parser.add_argument("--keep", type=int, default=4, help="numbers kept a moment")
-    return parser.parse_args([str(word) for word in words])
+    parser.add_argument("--flow", default="modulated")
+    args = parser.parse_args([str(word) for word in words])
+    # One given for all sweeps, or one for each.
+    sweeps = max(len(args.out), len(args.lane_chunk))
+    args.out = (args.out * sweeps)[:sweeps]
+    args.lane_chunk = (args.lane_chunk * sweeps)[:sweeps]
+    return args
 
 
 @functools.cache
-def problem(keep):
+def problem(flow, keep):
     """Dynamics, initial parameters, flows and what is kept; lanes of it diverge."""
     import jax
     import jax.numpy as jnp
@@ -48,15 +56,19 @@ def problem(keep):
 
     sgd = rj.dynamics(optax.sgd, loss)
     draw = lambda key: jax.random.normal(key, (4,))
-    flows = {"modulated": rj.flows.modulated(sgd)}
+    flows = {flow: getattr(rj.flows, flow)(sgd)}
     return sgd, draw, flows, lambda w: jnp.resize(w, keep)
 
 
-def sweep(args, out=None, progress=None):
-    """The result, of 15 lanes."""
+class Stopped(Exception):
+    """Raised by a sweep's progress, to stop it."""
+
+
+def sweep(args, i=0, out=None, progress=None):
+    """The result of the i-th sweep, of 15 lanes."""
     import rodjax as rj
 
-    sgd, draw, flows, keep = problem(args.keep)
+    sgd, draw, flows, keep = problem(args.flow, args.keep)
     return rj.sweep(
         sgd,
         draw,
@@ -64,7 +76,7 @@ def sweep(args, out=None, progress=None):
         grid={"lr": [0.05, 0.3, 0.6], "seed": range(5)},
         flows=flows,
         keep=keep,
-        lane_chunk=args.lane_chunk,
+        lane_chunk=args.lane_chunk[i] or None,
         time_chunk=args.time_chunk,
         out=out,
         progress=progress,
@@ -100,10 +112,11 @@ def start(*words):
 
 @functools.cache
 def alone(*words):
-    """What one device in one process comes to."""
+    """What one device in one process comes to, by the lanes of a chunk."""
     with tempfile.TemporaryDirectory() as folder:
         wait([start("--save", folder, *words)])
-        return saved(Path(folder))
+        chunks = options(words).lane_chunk
+        return {lanes: saved(Path(folder), i) for i, lanes in enumerate(chunks)}
 
 
 def log(save):
@@ -145,11 +158,24 @@ def kill(processes):
         process.wait()
 
 
+def about(program):
+    """How a program's outputs lie on devices, its operations, what it is known by."""
+    import jax
+
+    outputs = jax.tree.leaves((program.places, program.rows))
+    shardings = jax.tree.leaves(program.run.output_shardings)
+    laid = list(zip(outputs, shardings, strict=True))
+    return {
+        "widths": [*{sharding.shard_shape(x.shape)[0] for x, sharding in laid}],
+        "devices": [*{len(sharding.device_set) for _, sharding in laid}],
+        "digests": program.digests,
+        "operations": [*{*re.findall(r" ([a-z-]+)\(", program.run.as_text())}],
+    }
+
+
 def main(args):
     """Sweep into every `out` and save what was returned."""
     import jax
-
-    from rodjax.sweeps import _program as program
 
     jax.config.update("jax_enable_x64", True)
     if args.processes > 1:
@@ -160,28 +186,20 @@ def main(args):
             process_id=args.process,
             coordinator_bind_address=address,
         )
-
-    def say(**facts):
-        print("\n" + json.dumps(facts), flush=True)
-
-    def watched(*args):
-        """The program; tells how its outputs lie on devices, and its operations."""
-        built = build(*args)
-
-        def run(*args):
-            arrays = jax.tree.leaves(found := built.run(*args))
-            widths = {x.addressable_shards[0].data.shape[0] for x in arrays}
-            devices = {len(x.sharding.device_set) for x in arrays}
-            operations = set(re.findall(r" ([a-z-]+)\(", built.run.as_text()))
-            say(widths=[*widths], devices=[*devices], operations=[*operations])
-            return found
-
-        return built._replace(run=run)
-
-    build, program.build = program.build, watched
     for i, out in enumerate(args.out):
-        progress = lambda status, i=i: say(sweep=i, **status._asdict())
-        with sweep(args, None if out == NONE else out, progress) as data:
+        chunks = []
+
+        def progress(status, i=i, chunks=chunks):
+            facts = status._asdict() | {"sweep": i, "program": about(status.program)}
+            print("\n" + json.dumps(facts), flush=True)
+            chunks.append(status.done)
+            if i == 0 and len(chunks) == args.stop:
+                raise Stopped
+
+        with (
+            contextlib.suppress(Stopped),
+            sweep(args, i, None if out == NONE else out, progress) as data,
+        ):
             np.savez(args.save / f"{i}.npz", **values(data))
 
 

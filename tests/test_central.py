@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from scipy.linalg import eigh
 
 import rodjax as rj
-from rodjax.flows import _central as central
+from rodjax.flows import central
 from rodjax.transforms import scalar_rmsprop
 
 cvxpy = pytest.importorskip("cvxpy")

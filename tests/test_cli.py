@@ -1,16 +1,26 @@
 """The command line, run in this process as a user would call it."""
 
+import inspect
 import json
+import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import xarray
+from helpers import own_configuration
 from typer.testing import CliRunner
 
+import rodjax as rj
 from rodjax.cli import _names as choices
 from rodjax.cli import app
+from rodjax.cli._run import run
+from rodjax.cli._sweep import sweep
+from rodjax.flows import PrincipalState
 
-FAST = ["--problem", "scalar-factorization", "--lr", "0.2", "--start", "3"]
+FAST = ["--problem", "scalar-factorization", "--lr", "0.2", "--warmup", "3"]
 FLOW_KEYS = {
     "final_distance",
     "mean_distance",
@@ -23,74 +33,109 @@ FLOW_KEYS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("own_configuration")
-
-
 def invoke(*arguments):
-    return CliRunner().invoke(app, ["run", *map(str, arguments)])
+    with own_configuration():
+        return CliRunner().invoke(app, ["run", *map(str, arguments)])
 
 
-def test_files_table_and_schema(tmp_path):
-    out = tmp_path / "deep" / "run"
-    result = invoke(*FAST, "--steps", 8, "--every", 2, "--out", out)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run's directory and what the command said."""
+    out = tmp_path_factory.mktemp("runs") / "deep" / "run"
+    flows = ("--flows", "stable,central:1")
+    result = invoke(*FAST, "--steps", 8, "--every", 2, *flows, "--out", out)
     assert result.exit_code == 0, result.output
-    assert "modulated" in result.stdout and "final distance" in result.stdout
-    assert "8/8 steps" in result.stderr
+    return out, result
+
+
+def test_table_and_progress(finished):
+    out, result = finished
+    assert "final distance" in result.stdout and f"written to {out}" in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["stable", "central:1"] in rows
+    said = result.stderr.splitlines()
+    assert [line for line in said if "compiling" in line] == [
+        f"{name}: compiling" for name in ("gd", "stable", "central:1")
+    ]
+    assert len(said) == 9 and said[-1].startswith("central:1: 100% 8 of 8 steps, loss ")
+
+
+def test_files_and_schema(finished):
+    out, _ = finished
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) == {
-        *("problem", "optimizer", "lr", "steps", "start", "dtype", "threshold"),
+        *("problem", "optimizer", "lr", "steps", "warmup", "dtype", "threshold"),
         *("run", "flows"),
     }
     assert summary["threshold"] == pytest.approx(10.0)
     assert set(summary["run"]) == {"final_loss", "diverged_at"}
-    assert list(summary["flows"]) == ["stable", "rod", "modulated"]
+    assert list(summary["flows"]) == ["stable", "central:1"]
     for row in summary["flows"].values():
         assert set(row) == FLOW_KEYS
         assert row["diverged_at"] is None
         assert all(isinstance(row[key], float) for key in FLOW_KEYS - {"diverged_at"})
-    # Heun with 4 substeps, 8 steps, 4 evaluations a call.
-    assert summary["flows"]["modulated"]["update_evaluations"] == 8 * 4 * 2 * 4
+    # Heun with 4 substeps, 8 steps.
+    assert summary["flows"]["central:1"]["update_evaluations"] == 8 * 4 * 2
     with xarray.open_dataset(out / "result.nc", engine="h5netcdf") as data:
         assert list(data.step.values) == [3, 5, 7, 9, 11]
-        final = data.distance.sel(flow="rod").values[-1]
-        assert summary["flows"]["rod"]["final_distance"] == final
+        final = data.distance.sel(flow="central:1").values[-1]
+        assert summary["flows"]["central:1"]["final_distance"] == final
         assert data.attrs["every"] == 2 and data.attrs["solver"] == "heun"
+        assert data.attrs["rank"] == "each flow's own"
         assert data.loss.dtype == np.float64
+        # Of what other flows do not report.
+        assert np.isfinite(data.predicted_loss.sel(flow="central:1").values).all()
+        assert np.isnan(data.predicted_loss.sel(flow="stable").values).all()
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_results_are_overwritten_only_when_told(tmp_path):
-    arguments = [*FAST, "--steps", 2, "--flows", "stable", "--out", tmp_path]
-    assert invoke(*arguments).exit_code == 0
-    before = (tmp_path / "summary.json").read_text()
+def test_results_are_overwritten_only_when_told(finished, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    arguments = [*FAST, "--steps", 2, "--flows", "", "--out", out]
+    before = (out / "summary.json").read_text()
     refused = invoke(*arguments)
     assert refused.exit_code == 2
     assert "--overwrite" in refused.stderr
-    assert (tmp_path / "summary.json").read_text() == before
+    assert (out / "summary.json").read_text() == before
     assert invoke(*arguments, "--overwrite").exit_code == 0
+    assert json.loads((out / "summary.json").read_text())["flows"] == {}
 
 
-def test_hyperparameters_float32_and_optax_names(tmp_path):
+def test_a_network_hyperparameters_float32_and_optax_names(tmp_path):
     result = invoke(
-        *FAST, "--optimizer", "adamw", "--set", "b2=0.9", "--set", "weight_decay=0.01",
-        "--set", "nesterov=false", "--steps", 2, "--flows", "modulated", "--float32",
-        "--solver", "tsit5", "--substeps", 2, "--out", tmp_path,
+        "--problem", "clusters-mlp", "--problem-set", "widths=(3,)", "--lr", "0.2",
+        "--optimizer", "adamw", "--set", "b2=0.9", "--set", "weight_decay=0.01",
+        "--set", "nesterov=false", "--warmup", 0, "--steps", 2, "--flows", "stable",
+        "--float32", "--solver", "Midpoint", "--substeps", 2, "--out", tmp_path,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["dtype"] == "float32" and summary["optimizer"] == "adamw"
     # (2/lr)(1+b1)/(1-b1), lowered by the weight decay's own curvature.
     assert summary["threshold"] == pytest.approx(190 * (1 - 0.01 * 0.2 / 2), rel=1e-4)
+    check_accuracy(result, tmp_path, reported=True)
 
 
-def test_a_diverging_run_is_reported(tmp_path):
+def check_accuracy(result, out, reported):
+    """Networks report their accuracy, other problems none."""
+    summary = json.loads((out / "summary.json").read_text())
+    for row in (summary["run"], summary["flows"]["stable"]):
+        assert ("final_accuracy" in row) == reported
+        assert 0 <= row.get("final_accuracy", 0) <= 1
+    assert ("final accuracy" in result.stdout) == reported
+
+
+def test_divergence_is_reported(tmp_path):
     result = invoke(
-        "--problem", "scalar-factorization", "--lr", 5.0, "--start", 0, "--steps", 40,
+        "--problem", "scalar-factorization", "--lr", 5.0, "--warmup", 0, "--steps", 40,
         "--flows", "stable", "--out", tmp_path,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert 0 < summary["run"]["diverged_at"] < 20
+    lost = summary["flows"]["stable"]["diverged_at"]
+    assert f"stable diverged at step {lost:g}" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -101,12 +146,18 @@ def test_a_diverging_run_is_reported(tmp_path):
         (["--optimizer", "lookahead"], "learning_rate"),
         (["--set", "b2=0.9"], "momentum"),
         (["--set", "momentum"], "NAME=VALUE"),
-        (["--flows", "stable,centre"], "--flows centre"),
-        (["--flows", "central", "--top", "0"], "top must be at least 1"),
+        (["--flows", "stable,centre"], "--flows centre: choose from stable, rod"),
+        (["--flows", "centre:2"], "--flows centre:2: choose from stable, rod"),
+        (["--flows", "rod,stable,rod"], "--flows rod,stable,rod: rod is named twice"),
+        (["--flows", "central:0"], "rank must be at least 1"),
+        (["--flows", "rod:"], "--flows rod:: write NAME:RANK for one of rod, central"),
+        (["--flows", "rod:two"], "--flows rod:two: write NAME:RANK"),
+        (["--flows", "rod:-1"], "--flows rod:-1: write NAME:RANK"),
+        (["--flows", "stable:2"], "--flows stable:2: write NAME:RANK"),
         (["--flows", "central", "--optimizer", "adam"], "rodjax.flows.stable"),
         (["--flows", "principal", "--optimizer", "rmsprop"], "rodjax.flows.stable"),
-        (["--problem-set", "widths=3"], "scalar-factorization takes start, target"),
-        (["--problem-set", "start"], "--problem-set start: write NAME=VALUE"),
+        (["--problem-set", "widths=3"], "scalar-factorization takes initial, target"),
+        (["--problem-set", "initial"], "--problem-set initial: write NAME=VALUE"),
         (["--problem", "digits-cnn", "--problem-set", "n=0"], "n=0"),
         (["--problem", "cifar10-cnn"], "--problem-set path=..."),
         (["--problem", "cifar10-mlp", "--problem-set", "path=nowhere"], "nowhere"),
@@ -114,9 +165,10 @@ def test_a_diverging_run_is_reported(tmp_path):
         (["--lr", "-1"], "--lr"),
         (["--lr", "nan"], "--lr"),
         (["--steps", "7", "--every", "2"], "--every 2"),
-        (["--start", "-1"], "--start"),
+        (["--warmup", "-1"], "--warmup"),
         (["--substeps", "0"], "--substeps"),
-        (["--rank", "0"], "rank"),
+        (["--rank", "0"], "rank must be at least 1"),
+        (["--rank", "2", "--flows", "stable,rod:3"], "--rank 2: none of the flows"),
         (["--optimizer", "heavy-ball", "--flows", "rod", "--rank", "3"], "modulated"),
     ],
 )
@@ -128,60 +180,83 @@ def test_bad_options_are_refused_before_anything_runs(tmp_path, arguments, words
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("edge", "central"),
-        pytest.param(choices.FLOWS, marks=pytest.mark.slow, id="all"),
-    ],
-)
-def test_flows_run_and_report(tmp_path, names):
+@pytest.mark.slow
+def test_all_flows_run_and_report(tmp_path):
+    names = [*choices.FLOWS, "rod:2"]
     result = invoke(
-        "--problem", "berthier", "--lr", 0.3, "--start", 3, "--steps", 4, "--every", 2,
+        "--problem", "berthier", "--lr", 0.3, "--warmup", 3, "--steps", 4, "--every", 2,
         "--flows", ",".join(names), "--substeps", 1, "--out", tmp_path,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     flows = json.loads((tmp_path / "summary.json").read_text())["flows"]
-    assert list(flows) == list(names)
+    assert list(flows) == names
     assert all(row["diverged_at"] is None for row in flows.values())
     with xarray.open_dataset(tmp_path / "result.nc", engine="h5netcdf") as data:
-        predicted = data.predicted_loss
-        assert np.isfinite(predicted.sel(flow="central").values).all()
-        assert np.isnan(predicted.sel(flow="edge").values).all()
         assert np.isfinite(data.loss.values).all()
 
 
-TOYS = ("quadratic", "quartic-well", "factorization", "banana", "cosine")
+def test_default_flows_exist():
+    for command in (run, sweep):
+        default = inspect.signature(command).parameters["flows"].default
+        assert set(default.split(",")) <= choices.FLOWS.keys()
+
+
+def rank_of(text, rank=None, size=2):
+    """The number of directions that a flow is given; `None` if it is exact."""
+    sgd = rj.dynamics(optax.sgd(0.1), lambda w: 0.5 * jnp.sum(w**2))
+    flow = choices.flow(text, sgd, size=size, rank=rank)
+    init = lambda w: flow.init(w, lr=None, key=jax.random.key(0))
+    state = jax.eval_shape(init, jnp.ones(size))
+    if isinstance(state, PrincipalState):
+        return None
+    # Beside the mean, of a leading axis of the rank.
+    return jax.tree.leaves(state[1])[0].shape[0]
 
 
 @pytest.mark.parametrize(
+    ("text", "rank", "expected"),
+    [
+        ("rod", None, 1),
+        ("rod", 2, 2),
+        ("rod:3", 2, 3),
+        ("central", None, 3),
+        ("central:1", None, 1),
+        ("covariance", 1, 1),
+    ],
+)
+def test_a_rank_of_its_own_comes_first_and_the_default_last(text, rank, expected):
+    assert rank_of(text, rank, size=4) == expected
+
+
+def test_the_principal_flow_is_exact_where_it_is_small():
+    assert rank_of("principal", size=choices.EXACT) is None
+    assert rank_of("principal", size=choices.EXACT + 1) == choices.DIRECTIONS
+    assert rank_of("principal", 2, size=choices.EXACT) == 2
+    assert rank_of("principal:1", 2, size=choices.EXACT + 1) == 1
+
+
+TOYS = ("quadratic", "quartic-well", "factorization", "banana", "cosine", "berthier")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("name", "settings"),
-    [pytest.param(name, [], marks=pytest.mark.slow) for name in TOYS]
-    + [
-        ("berthier", []),
-        pytest.param("digits-cnn", ["n=10", "channels=(2,)"], marks=pytest.mark.slow),
-    ]
-    + [("clusters-mlp", ["widths=(3,)"])],
+    [(name, []) for name in TOYS] + [("digits-cnn", ["n=10", "channels=(2,)"])],
 )
 def test_problems_run(tmp_path, name, settings):
     given = [word for setting in settings for word in ("--problem-set", setting)]
     result = invoke(
-        "--problem", name, "--lr", 0.1, "--start", 0, "--steps", 2,
+        "--problem", name, "--lr", 0.1, "--warmup", 0, "--steps", 2,
         "--flows", "stable", "--out", tmp_path, *given,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    # Networks report their accuracy.
-    for row in (summary["run"], summary["flows"]["stable"]):
-        assert ("final_accuracy" in row) == bool(settings)
-        assert 0 <= row.get("final_accuracy", 0) <= 1
-    assert ("final accuracy" in result.stdout) == bool(settings)
+    check_accuracy(result, tmp_path, reported=bool(settings))
 
 
 @pytest.mark.parametrize("name", [n for n in choices.PROBLEMS if "cifar10" not in n])
 def test_every_named_problem_builds(name):
     problem = choices.problem(name, "float32")
-    assert np.isfinite(problem.loss(problem.params))
+    assert np.isfinite(jax.jit(problem.loss)(problem.params))
 
 
 def test_cifar10_by_path(tmp_path):
@@ -207,8 +282,3 @@ def test_list_has_a_line_for_everything():
     for name in (*choices.PROBLEMS, *choices.OPTIMIZERS, *choices.FLOWS):
         assert names.count(name) == 1
     assert max(map(len, result.stdout.splitlines())) < 90
-
-
-@pytest.mark.parametrize("name", choices.OPTIMIZERS)
-def test_every_named_optimizer_builds(name):
-    assert hasattr(choices.optimizer(name, {})(0.1), "update")

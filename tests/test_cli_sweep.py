@@ -7,21 +7,21 @@ import numpy as np
 import optax
 import pytest
 import xarray
+from helpers import own_configuration
 from typer.testing import CliRunner
 
 import rodjax as rj
+from rodjax.cli import _axes as axes
 from rodjax.cli import _names as choices
-from rodjax.cli import _axes as axes, app
+from rodjax.cli import app
 
-FAST = ["--problem", "scalar-factorization", "--flows", "modulated", "--start", "2"]
+FAST = ["--problem", "scalar-factorization", "--flows", "modulated", "--warmup", "2"]
 FAST += ["--steps", "8", "--every", "4"]
 
 
-pytestmark = pytest.mark.usefixtures("own_configuration")
-
-
 def invoke(*arguments):
-    return CliRunner().invoke(app, ["sweep", *map(str, arguments)])
+    with own_configuration():
+        return CliRunner().invoke(app, ["sweep", *map(str, arguments)])
 
 
 def result(out):
@@ -73,12 +73,12 @@ def test_axes_zip_and_seeds_reach_the_data(tmp_path):
     arguments = [
         *FAST, "--problem", "quadratic", "--optimizer", "heavy-ball",
         "--lr", "0.1:0.4:3log", "--axis", "momentum=0.5:0.9:3",
-        "--axis", "seed_amplitude=1e-3,1e-2", "--zip", "lr,momentum", "--seeds", 2,
+        "--axis", "floor=1e-3,1e-2", "--zip", "lr,momentum", "--seeds", 2,
     ]  # fmt: skip
     found = invoke(*arguments, "--out", tmp_path)
     assert found.exit_code == 0, found.output
     data = result(tmp_path)
-    sizes = {"flow": 2, "lr": 3, "seed_amplitude": 2, "seed": 2}
+    sizes = {"flow": 2, "lr": 3, "floor": 2, "seed": 2}
     assert dict(data.diverged_at.sizes) == sizes
     np.testing.assert_allclose(data.lr, [0.1, 0.2, 0.4])
     assert data.momentum.dims == ("lr",)
@@ -95,9 +95,9 @@ def test_axes_zip_and_seeds_reach_the_data(tmp_path):
     lane = data.isel(lr=1, seed=1)
     np.testing.assert_allclose(lane.loss.sel(flow="run")[0], run.metrics["loss"])
     # The seed's amplitude reaches the flow and leaves the run alone.
-    loss = lane.mean_loss.isel(seed_amplitude=[0, 1])
-    assert loss.sel(flow="run").diff("seed_amplitude").max() == 0
-    assert loss.sel(flow="modulated").diff("seed_amplitude").max() > 0
+    loss = lane.mean_loss.isel(floor=[0, 1])
+    assert loss.sel(flow="run").diff("floor").max() == 0
+    assert loss.sel(flow="modulated").diff("floor").max() > 0
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_malformed_values(text):
         (["--axis", "lr=0.1"], "use --lr"),
         (["--axis", "momentum=0.1", "--set", "momentum=0.2"], "--set"),
         (["--axis", "momentum=0.1", "--axis", "momentum=0.2"], "twice"),
-        (["--axis", "seed_amplitude=1e-3,-1"], "at least 0"),
-        (["--axis", "seed_amplitude=1e-3", "--flows", "stable"], "modulated, edge"),
+        (["--axis", "floor=1e-3,-1"], "at least 0"),
+        (["--axis", "floor=1e-3", "--flows", "stable"], "modulated, edge"),
         (["--seeds", "2", "--problem", "berthier"], "quadratic"),
         (["--seeds", "0"], "--seeds 0"),
         (["--zip", "lr,momentum"], "--zip lr,momentum"),

@@ -1,5 +1,6 @@
 """Coefficients of the principal flow, and the metric, against dense computations."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -141,7 +142,7 @@ def test_metric_along_a_flow_and_under_vmap():
     paths = jax.vmap(solve)(rates)
     for i, lr in enumerate(rates):
         path = jax.tree.map(lambda x, i=i: x[i], (paths.params, paths.metrics))
-        found = recorded(paths._replace(metrics=path[1]))
+        found = recorded(dataclasses.replace(paths, metrics=path[1]))
         np.testing.assert_allclose(found, expected(path[0], float(lr)), 1e-6, 1e-9)
 
 
@@ -166,7 +167,7 @@ def test_survives_divergence():
         jnp.isnan(run.diverged_at[1])
     )
     lane = jax.tree.map(lambda x: x[0], (run.params, run.metrics))
-    found = recorded(run._replace(metrics=lane[1]))
+    found = recorded(dataclasses.replace(run, metrics=lane[1]))
     np.testing.assert_allclose(found, expected(lane[0], 0.2), 1e-6, 1e-9)
 
 

@@ -1,5 +1,7 @@
 """Comparing flows with runs, and labelled results."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +42,7 @@ def test_distance_is_to_the_midpoints_the_flow_models(dynamics, flows, name):
     window = rj.warm_up(dynamics, PARAMS, start, lr=lr)
     run = rj.descend(dynamics, window, steps, lr=lr)
     path = rj.integrate(flows[name], window, steps, lr=lr)
-    found = rj.compare(path, run).distance
+    found = rj.compare(run, path).distance
     w = iterates(lr, start + steps + 1)
     for k in range(steps + 1):
         t = start + k
@@ -54,8 +56,8 @@ def test_distance_is_to_the_midpoints_the_flow_models(dynamics, flows, name):
 def test_vmapped_comparison_equals_single_ones(dynamics, flows):
     rates = jnp.array([0.05, 0.1])
     both = lambda lr: rj.compare(
-        rj.integrate(flows["stable"], PARAMS, 4, lr=lr),
         rj.descend(dynamics, PARAMS, 4, lr=lr),
+        rj.integrate(flows["stable"], PARAMS, 4, lr=lr),
     )
     stacked = jax.vmap(lambda lr: both(lr).distance)(rates)
     assert stacked.shape == (2, 5)
@@ -64,7 +66,7 @@ def test_vmapped_comparison_equals_single_ones(dynamics, flows):
     # Batched trajectories compared after the vmap give the same.
     paths = jax.vmap(lambda lr: rj.integrate(flows["stable"], PARAMS, 4, lr=lr))(rates)
     runs = jax.vmap(lambda lr: rj.descend(dynamics, PARAMS, 4, lr=lr))(rates)
-    np.testing.assert_allclose(rj.compare(paths, runs).distance, stacked, rtol=1e-12)
+    np.testing.assert_allclose(rj.compare(runs, paths).distance, stacked, rtol=1e-12)
 
 
 def test_summary_keeps_to_finite_entries(dynamics, flows):
@@ -72,11 +74,12 @@ def test_summary_keeps_to_finite_entries(dynamics, flows):
     window = rj.warm_up(dynamics, PARAMS, 0, lr=0.1)
     run = rj.descend(dynamics, window, 6, lr=0.1)
     path = rj.integrate(flows["stable"], window, 6, lr=0.1)
-    cut = path._replace(
+    cut = dataclasses.replace(
+        path,
         params=jax.tree.map(lambda x: x.at[4:].set(jnp.nan), path.params),
         diverged_at=jnp.asarray(4.0),
     )
-    whole, part = rj.compare(path, run), rj.compare(cut, run).summary()
+    whole, part = rj.compare(run, path), rj.compare(run, cut).summary()
     assert part["final_distance"] == float(whole.distance[3])
     np.testing.assert_allclose(part["mean_distance"], whole.distance[:4].mean())
     assert part["diverged_at"] == 4.0
@@ -86,27 +89,27 @@ def test_summary_keeps_to_finite_entries(dynamics, flows):
 
 def test_projected_trajectories_compare_by_their_projection(dynamics, flows):
     only_a = lambda params: params["a"]
-    run = rj.descend(dynamics, PARAMS, 3, lr=0.1, project=only_a)
-    path = rj.integrate(flows["stable"], PARAMS, 3, lr=0.1, project=only_a)
+    run = rj.descend(dynamics, PARAMS, 3, lr=0.1, keep=only_a)
+    path = rj.integrate(flows["stable"], PARAMS, 3, lr=0.1, keep=only_a)
     expected = jnp.linalg.norm(path.params - run.params, axis=1)
-    np.testing.assert_allclose(rj.compare(path, run).distance, expected)
+    np.testing.assert_allclose(rj.compare(run, path).distance, expected)
 
 
 def test_bad_pairs_are_refused(dynamics, flows):
     run = rj.descend(dynamics, PARAMS, 4, lr=0.1)
     path = lambda **kw: rj.integrate(flows["stable"], lr=0.1, **kw)
     with pytest.raises(ValueError, match="steps= and every="):
-        rj.compare(path(start=PARAMS, steps=2), run)
+        rj.compare(run, path(start=PARAMS, steps=2))
     window = rj.warm_up(dynamics, PARAMS, 5, lr=0.1)
     with pytest.raises(ValueError, match="different steps"):
-        rj.compare(path(start=window, steps=4), run)
-    with pytest.raises(ValueError, match="project="):
-        rj.compare(path(start=PARAMS, steps=4, project=lambda p: p["a"]), run)
-    nothing = {"project": lambda p: None}
+        rj.compare(run, path(start=window, steps=4))
+    with pytest.raises(ValueError, match="keep="):
+        rj.compare(run, path(start=PARAMS, steps=4, keep=lambda p: p["a"]))
+    nothing = {"keep": lambda p: None}
     with pytest.raises(ValueError, match="no parameters"):
         rj.compare(
-            path(start=PARAMS, steps=4, **nothing),
             rj.descend(dynamics, PARAMS, 4, lr=0.1, **nothing),
+            path(start=PARAMS, steps=4, **nothing),
         )
 
 
@@ -125,7 +128,7 @@ def test_dataset_is_labelled_and_survives_a_file(dynamics, flows, tmp_path):
             read.loss.sel(flow="rod"), paths["rod"].metrics["loss"]
         )
         np.testing.assert_array_equal(
-            read.distance.sel(flow="stable"), rj.compare(paths["stable"], run).distance
+            read.distance.sel(flow="stable"), rj.compare(run, paths["stable"]).distance
         )
         assert read.attrs["lr"] == 0.1
         assert read.step.attrs["units"] == "optimizer steps"

@@ -8,8 +8,8 @@ import pytest
 from scipy.linalg import expm
 
 import rodjax as rj
-from rodjax.flows import _covariance as covariance
 from rodjax.flows import CovarianceState
+from rodjax.flows import covariance
 
 KEY = jax.random.key(0)
 ETA = 0.55
@@ -63,7 +63,7 @@ def test_commuting_sigma_is_closed_form():
     dynamics = rj.dynamics(optax.sgd(lr), BOWL.loss)
     sizes = np.array([0.2, 0.05, 1e-3])
     y = at(dynamics, W, sizes[:, None] * VECTORS.T)
-    end = solve(covariance(dynamics, seed=0.0), y, 4)
+    end = solve(covariance(dynamics, floor=0.0), y, 4)
     product = lr * VALUES
     assert product[0] < 2 < product[-1]
     factors = sizes**2 * np.exp((product**2 - 2.0 * product) * 4)
@@ -85,7 +85,7 @@ def test_rank_of_one_follows_a_commuting_direction():
 
 def rates(rows):
     """dSigma/dt: the flow's, from its factor, and the equation's."""
-    dy = field(covariance(BOWL, seed=0.0), at(BOWL, W, rows))
+    dy = field(covariance(BOWL, floor=0.0), at(BOWL, W, rows))
     rate, h, sigma = np.asarray(dy.factor), HESSIAN, rows.T @ rows
     ours = rate.T @ rows + rows.T @ rate
     equation = -ETA * (h @ sigma + sigma @ h) + ETA**2 * h @ sigma @ h
@@ -113,7 +113,7 @@ def test_forgets_a_sigma_that_does_not_commute():
     dynamics = rj.dynamics(optax.sgd(lr), BOWL.loss)
     rows = np.asarray(1e-3 * jax.random.normal(KEY, (2, 3)))
     end = sigma_of(
-        solve(covariance(dynamics, rank=2, seed=0.0), at(dynamics, W, rows), 30)
+        solve(covariance(dynamics, rank=2, floor=0.0), at(dynamics, W, rows), 30)
     )
     oracle = dense(HESSIAN, rows.T @ rows, lr, 30.0)
     top = np.outer(VECTORS[:, -1], VECTORS[:, -1])
@@ -123,13 +123,13 @@ def test_forgets_a_sigma_that_does_not_commute():
     np.testing.assert_allclose(np.trace(end), np.trace(oracle), rtol=1e-2)
 
 
-@pytest.mark.parametrize("seed, relative", [(None, 2.0**-52), (1e-5, 1e-5)])
-def test_seed_floor_holds(seed, relative):
+@pytest.mark.parametrize("floor, relative", [(None, 2.0**-52), (1e-5, 1e-5)])
+def test_floor_holds(floor, relative):
     """Where the push 2 (floor / |v| - 1) balances -x + x^2/2 at x = eta l = 1."""
     slopes = jnp.array([1.0, 1e-9])
     dynamics = rj.dynamics(optax.sgd(1.0), lambda w: 0.5 * w @ (slopes * w))
     y = at(dynamics, jnp.array([0.0, 2.0]), [[1e-3, 0.0]])
-    end = solve(covariance(dynamics, rank=1, seed=seed), y, 100, parts=4)
+    end = solve(covariance(dynamics, rank=1, floor=floor), y, 100, parts=4)
     np.testing.assert_allclose(end.factor, [[1.6 * relative, 0.0]], rtol=1e-6)
 
 

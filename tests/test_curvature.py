@@ -8,7 +8,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import rodjax as rj
-from rodjax.linalg import DENSE
+from rodjax.linalg._lanczos import DENSE
 
 
 def tanh_loss(params):
@@ -106,7 +106,9 @@ def flat_rows(vectors):
 
 def test_hessian_eigenpairs_of_a_nested_pytree():
     params, k = net_params(), 3
-    solve = jax.jit(lambda *x: rj.hessian_eigenpairs(net_loss, x[0], k, *x[1:]))
+    solve = jax.jit(
+        lambda w, guess=None: rj.hessian_eigenpairs(net_loss, w, k, guess=guess)
+    )
     pairs = solve(params)
     truth, vectors = np.linalg.eigh(dense_hessian(net_loss, params))
     np.testing.assert_allclose(pairs.values, truth[::-1][:k], rtol=1e-11)
@@ -129,7 +131,7 @@ def test_preconditioned_eigenpairs_against_the_dense_matrix(optimizer):
     state = dynamics.init(params, lr=lr)
     update = jax.jit(dynamics.update)
     for _ in range(5):
-        state = update(state, lr)
+        state = update(state, lr=lr)
 
     @jax.jit
     def solve(state):

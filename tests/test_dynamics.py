@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import unchecked
 from jax.tree_util import keystr, tree_leaves_with_path
 
 import rodjax as rj
@@ -232,7 +233,8 @@ def test_loss_that_is_no_scalar(bad):
 
 @pytest.mark.parametrize("optimizer", ["adam", 0.1, None])
 def test_optimizer_of_a_wrong_type(optimizer):
-    with pytest.raises(TypeError, match=f"optimizer.*{type(optimizer).__name__}"):
+    refused = pytest.raises(TypeError, match=f"optimizer.*{type(optimizer).__name__}")
+    with unchecked(), refused:
         rj.dynamics(optimizer, loss)
 
 
@@ -278,7 +280,7 @@ def test_dtypes_are_kept_and_clocks_count_in_floats(dtype, factory):
     lr = dynamics.cast(params, lr=0.1)
     state = dynamics.init(params, lr=lr)
     for _ in range(3):
-        new = dynamics.update(state, lr)
+        new = dynamics.update(state, lr=lr)
         same = lambda x, y: x.dtype == y.dtype and not y.weak_type
         assert jax.tree.all(jax.tree.map(same, state, new))
         state = new

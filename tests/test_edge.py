@@ -1,5 +1,6 @@
 """The edge flow: closed forms on quadratics, any optimizer's edge, unit-step form."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,8 +10,7 @@ import optax
 import pytest
 
 import rodjax as rj
-from rodjax.flows import _edge as edge
-from rodjax.flows import EdgeState
+from rodjax.flows import EdgeState, edge
 from rodjax.transforms import edge_gradient_descent, scalar_adam
 
 KEY = jax.random.key(0)
@@ -55,7 +55,7 @@ def test_quadratic_in_closed_form(lr):
     """Below and above the edge: centre, direction (1, b) and radius by themselves."""
     tilt, t = np.array([1.0, 0.5, 0.0]), np.arange(9.0)
     y = state(BOWL, ONES, unit(tilt), 0.1, lr)
-    flow = edge(BOWL, seed=0.0)._replace(init=lambda *_: y)
+    flow = dataclasses.replace(edge(BOWL, floor=0.0), init=lambda *_, **__: y)
     path = rj.integrate(flow, ONES, steps=8, lr=lr, substeps=128)
     centre = np.exp(-lr * np.outer(t, SLOPES))
     np.testing.assert_allclose(path.params, centre, rtol=2e-3)
@@ -68,21 +68,21 @@ def test_quadratic_in_closed_form(lr):
     np.testing.assert_allclose(rate, -lr * (4.0 - 1.5), rtol=1e-3)
 
 
-@pytest.mark.parametrize("seed, relative", [(None, 2.0**-52), (1e-6, 1e-6)])
-def test_seed_floor_holds(seed, relative):
+@pytest.mark.parametrize("floor, relative", [(None, 2.0**-52), (1e-6, 1e-6)])
+def test_floor_holds(floor, relative):
     """Where r' = (eta S - 2) r + 2 (floor - r) = 0, in a slowly moving valley."""
     slopes = jnp.array([1.0, 1e-9])
     dynamics = rj.dynamics(optax.sgd(1.0), lambda w: 0.5 * w @ (slopes * w))
     start = jnp.array([0.0, 2.0])
     y = state(dynamics, start, [1.0, 0.0], 1e-3, None)
-    y = heun(edge(dynamics, seed=seed))(y, None, 240)
+    y = heun(edge(dynamics, floor=floor))(y, None, 240)
     # 2 (2 relative - r) = r
     np.testing.assert_allclose(y.radius, 4.0 * relative / 3.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_without_a_seed_the_radius_vanishes_and_nothing_breaks(dtype):
-    flow, lr = edge(BOWL, seed=0.0), jnp.asarray(0.2, dtype)
+def test_without_a_floor_the_radius_vanishes_and_nothing_breaks(dtype):
+    flow, lr = edge(BOWL, floor=0.0), jnp.asarray(0.2, dtype)
     y = heun(flow)(flow.init(ONES.astype(dtype), lr=lr, key=KEY), lr, 4000)
     np.testing.assert_allclose(optax.tree.norm(y.direction), 1.0, rtol=1e-3)
     assert y.radius == 0.0 and bool(jnp.all(jnp.isfinite(y.mean.params)))
@@ -253,8 +253,8 @@ def test_unit_step_is_edge_gradient_descent():
     def apart(lr):
         dynamics = rj.dynamics(optax.sgd(lr), loss)
         y = state(dynamics, w, u, r, None)
-        dy = field(edge(dynamics, seed=0.0), y)
-        tx = edge_gradient_descent(lr, seed=0.0)
+        dy = field(edge(dynamics, floor=0.0), y)
+        tx = edge_gradient_descent(lr, floor=0.0)
         before = tx.init(w)._replace(direction=jnp.asarray(u), radius=jnp.asarray(r))
         updates, after = tx.update(w, before, w, value_fn=loss)
         np.testing.assert_allclose(dy.mean.params, updates, rtol=1e-12)

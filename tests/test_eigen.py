@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import rodjax as rj
-from rodjax.linalg import BLOCK_KRYLOV, KRYLOV, SWEEPS
+from rodjax.linalg._lanczos import BLOCK_KRYLOV, KRYLOV, SWEEPS
 
 bulk = np.linspace
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import rodjax as rj
-from rodjax.flows import _gradient as gradient, _stable as stable, igr, third_order
+from rodjax.flows import gradient, igr, stable, third_order
 
 FLOWS = {"gradient": gradient, "igr": igr, "third_order": third_order}
 KEY = jax.random.key(0)
@@ -187,7 +187,7 @@ def test_refuses_other_optimizers(build):
     dynamics = rj.dynamics(build, loss)
     message = rf"{name} models gradient descent only.*stable, rod, modulated or edge"
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(FLOWS[name](dynamics).init, START, jnp.asarray(0.1), KEY)
+        jax.eval_shape(FLOWS[name](dynamics).init, START, lr=jnp.asarray(0.1), key=KEY)
 
 
 @pytest.mark.parametrize("name", FLOWS)

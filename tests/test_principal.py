@@ -11,15 +11,14 @@ import pytest
 from test_gradient import solve
 
 import rodjax as rj
-from rodjax.flows import _gradient as gradient, _principal as principal, igr
-from rodjax.flows import PrincipalState
+from rodjax.flows import PrincipalState, gradient, igr, principal
 
 FLOWS = {"principal": principal, "igr": igr, "gradient": gradient}
 KEY = jax.random.key(0)
 FINE = {"solver": diffrax.Dopri8(), "substeps": 16}
 ADAPTIVE = {
     "solver": diffrax.Dopri8(),
-    "controller": diffrax.PIDController(rtol=1e-9, atol=1e-11),
+    "stepsize_controller": diffrax.PIDController(rtol=1e-9, atol=1e-11),
 }
 # Descended, ended in one step, flipped (twice over), diverging, climbed, left alone.
 PRODUCTS = np.array([0.3, 1.0, 1.5, 1.5, 2.3, -0.7, 0.0])
@@ -44,7 +43,7 @@ def test_is_gradient_descent_on_a_quadratic(options):
     atol = 1e-12 if options is FINE else 1e-9
     np.testing.assert_allclose(path.params["w"], exact, rtol=0, atol=atol)
     # At whole steps it is real again.
-    assert float(jnp.max(jnp.abs(path.final.imaginary["w"]))) < 1e-8
+    assert float(jnp.max(jnp.abs(path.final.state.imaginary["w"]))) < 1e-8
 
 
 def test_field_in_closed_form_at_complex_states():
@@ -206,8 +205,8 @@ def test_schedules():
     dynamics = rj.dynamics(optax.sgd(rates), problem.loss)
     each = np.array([[1 - float(rates(t)) * x for x in spectrum] for t in range(8)])
     exact = np.asarray(problem.params["w"])[None] * np.cumprod(each, 0)
-    for top in (None, 3):
-        flow = principal(dynamics, top=top)
+    for rank in (None, 3):
+        flow = principal(dynamics, rank=rank)
         path = jax.jit(lambda w, flow=flow: solve(flow, w, None, 8))(problem.params)
         w = path.mean.params["w"]
         # Without the first half step, in which the flow's rate does not change yet.
@@ -223,10 +222,10 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("top", [None, 2])
+@pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("name", MOMENTS)
-def test_refuses_other_optimizers(name, top):
-    flow = principal(rj.dynamics(MOMENTS[name], BOWL.loss), top=top)
+def test_refuses_other_optimizers(name, rank):
+    flow = principal(rj.dynamics(MOMENTS[name], BOWL.loss), rank=rank)
     message = r"principal models gradient descent only.*stable, rod, modulated or edge"
     with pytest.raises(ValueError, match=message):
         flow.init(BOWL.params, lr=jnp.asarray(0.1), key=KEY)
@@ -249,10 +248,10 @@ LOSSES = {
 def test_refuses_losses_that_are_not_analytic(name):
     loss, message = LOSSES[name]
     dynamics = rj.dynamics(optax.sgd, loss)
-    with pytest.raises(ValueError, match=rf"principal: the loss .*{message}.*top=k"):
+    with pytest.raises(ValueError, match=rf"principal: the loss .*{message}.*rank=k"):
         principal(dynamics).init(jnp.ones(3), lr=jnp.asarray(0.1), key=KEY)
     # The approximation is real and does not mind.
-    principal(dynamics, top=1).init(jnp.ones(3), lr=jnp.asarray(0.1), key=KEY)
+    principal(dynamics, rank=1).init(jnp.ones(3), lr=jnp.asarray(0.1), key=KEY)
 
 
 def test_a_loss_of_traced_data_is_served():
@@ -263,7 +262,7 @@ def test_a_loss_of_traced_data_is_served():
     np.testing.assert_array_equal(jax.jit(begin)(jnp.ones(2)), 1.0)
 
 
-@pytest.mark.parametrize("top", [0, -3])
-def test_top_is_checked(top):
-    with pytest.raises(ValueError, match=f"top must be at least 1, got {top}"):
-        principal(SGD, top=top)
+@pytest.mark.parametrize("rank", [0, -3])
+def test_rank_is_checked(rank):
+    with pytest.raises(ValueError, match=f"rank must be at least 1, got {rank}"):
+        principal(SGD, rank=rank)

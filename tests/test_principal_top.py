@@ -9,7 +9,8 @@ from jax.flatten_util import ravel_pytree
 from test_gradient import solve
 
 import rodjax as rj
-from rodjax.flows import _principal as principal, igr
+from rodjax.flows import principal
+from rodjax.flows import igr
 
 KEY = jax.random.key(0)
 SPECTRUM = np.array([2.4, 0.8, 0.5, -0.3])
@@ -19,7 +20,7 @@ def test_top_in_closed_form():
     """|1 - eta l|^t along the top two, which climb and descend, and IGR on the rest."""
     problem = rj.problems.quadratic(SPECTRUM)
     dynamics = rj.dynamics(optax.sgd, problem.loss)
-    flow = principal(dynamics, top=2)
+    flow = principal(dynamics, rank=2)
     path = jax.jit(lambda w: solve(flow, w, jnp.asarray(1.0), 6))(problem.params)
     rate = np.append(
         np.log(np.abs(1 - SPECTRUM[:2])), -(SPECTRUM + SPECTRUM**2 / 2)[2:]
@@ -29,12 +30,12 @@ def test_top_in_closed_form():
     np.testing.assert_allclose(np.abs(path.directions[-1]), np.eye(2, 4), atol=1e-6)
 
 
-@pytest.mark.parametrize("top", [4, 9])
-def test_top_of_all_is_the_exact_flow_below_one(top):
+@pytest.mark.parametrize("rank", [4, 9])
+def test_top_of_all_is_the_exact_flow_below_one(rank):
     problem = rj.problems.quadratic(SPECTRUM[1:], seed=5)
     dynamics = rj.dynamics(optax.sgd, problem.loss)
     lr, fields = jnp.asarray(1.1), []
-    for flow in (principal(dynamics), principal(dynamics, top=top)):
+    for flow in (principal(dynamics), principal(dynamics, rank=rank)):
         y = flow.init(problem.params, lr=lr, key=KEY)
         fields.append(flow.vector_field(0.0, y, lr).mean.params["w"])
     np.testing.assert_allclose(fields[1], fields[0], rtol=1e-6)
@@ -43,7 +44,7 @@ def test_top_of_all_is_the_exact_flow_below_one(top):
 def test_top_of_a_schedule_from_zero():
     bowl = rj.problems.quadratic(SPECTRUM)
     warm = optax.linear_schedule(0.0, 0.5, 10)
-    flow = principal(rj.dynamics(optax.sgd(warm), bowl.loss), top=2)
+    flow = principal(rj.dynamics(optax.sgd(warm), bowl.loss), rank=2)
     dy = flow.vector_field(0.0, flow.init(bowl.params, lr=None, key=KEY), None)
     for still in (dy.mean.params["w"], dy.directions):
         np.testing.assert_allclose(still, 0.0, atol=1e-12)
@@ -59,7 +60,7 @@ def mlp_loss(params):
 
 
 MLP_SGD = rj.dynamics(optax.sgd, mlp_loss)
-TRACKED = principal(MLP_SGD, top=4)
+TRACKED = principal(MLP_SGD, rank=4)
 # Of eta l below one.
 MLP_RATES = jnp.array([0.05, 0.1])
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from rodjax.problems import _digits as digits, digits_mlp
+from rodjax.problems import digits, digits_mlp
 
 
 def test_missing_scikit_learn_names_the_extra(monkeypatch):

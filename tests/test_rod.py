@@ -1,5 +1,6 @@
 """The rod flow: closed forms, the published equation, bundles and the dense oracle."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,8 +10,8 @@ import optax
 import pytest
 
 import rodjax as rj
-from rodjax.flows import _rod as rod
 from rodjax.flows import RodState
+from rodjax.flows import rod
 
 KEY = jax.random.key(0)
 ETA = 0.3
@@ -59,7 +60,7 @@ def test_scalar_growth_is_closed_form(product, half):
 
 def test_quartic_fixed_point():
     sharpness, quartic, lr = 2.5, 0.8, 1.0
-    well = rj.problems.quartic_well(sharpness=sharpness, quartic=quartic, start=0.2)
+    well = rj.problems.quartic_well(sharpness=sharpness, quartic=quartic, initial=0.2)
     flow = rod(rj.dynamics(optax.sgd, well.loss))
     path = rj.integrate(flow, well.params, steps=80, lr=lr)
     extent = path.metrics["amplitude"][-1] ** 2
@@ -165,7 +166,7 @@ def test_dense_trajectory_is_the_full_factor():
     }
     path = {}
     for flow, y in begin.items():
-        started = flow._replace(init=lambda *_, y=y: y)
+        started = dataclasses.replace(flow, init=lambda *_, y=y, **__: y)
         path[flow] = rj.integrate(started, W, steps=8, lr=lr, substeps=100)
     np.testing.assert_allclose(path[full].params, path[dense].params, atol=1e-9)
     np.testing.assert_allclose(
@@ -214,7 +215,7 @@ def test_bundle_holds_the_edge_on_digits():
             lr=0.6,
             every=10,
             metrics=[rj.edge_of_stability(dynamics)],
-            project=lambda params: None,
+            keep=lambda params: None,
         )
         ratio[rank] = float(np.median(path.metrics["sharpness_ratio"][-14:]))
     assert abs(ratio[3] - 1.0) < 0.03, ratio

@@ -11,7 +11,7 @@ import pytest
 import rodjax as rj
 from rodjax.sweeps import _program as program
 
-STEPS, START, EVERY = 40, 4, 4
+STEPS, WARMUP, EVERY = 40, 4, 4
 
 
 def loss(w):
@@ -23,29 +23,44 @@ def draw(key):
     return 0.5 * jax.random.normal(key, (2,))
 
 
-heavy = rj.dynamics(lambda h: optax.sgd(h["lr"], momentum=h["momentum"]), loss)
+def heavy_ball(h):
+    return optax.sgd(h["lr"], momentum=h["momentum"])
+
+
+heavy = rj.dynamics(heavy_ball, loss)
 FLOWS = {
     "rod": rj.flows.rod(heavy),
     "modulated": rj.flows.modulated(heavy),
 }
 METRICS = (rj.edge_of_stability(heavy),)
 GRID = {"lr": [0.1, 1.0, 3.0], "momentum": [0.2, 0.6], "seed": [0, 4]}
-COMMON = {"flows": FLOWS, "metrics": METRICS, "start": START, "every": EVERY}
 
 
 def keep_first(w):
     return {"first": w[:1]}
 
 
+#: One program for all; neither lanes nor moments are multiples of its chunks.
+COMMON = {
+    "flows": FLOWS,
+    "metrics": METRICS,
+    "warmup": WARMUP,
+    "every": EVERY,
+    "keep": keep_first,
+    "lane_chunk": 5,
+    "time_chunk": 12,
+}
+
+
 @pytest.fixture(scope="module")
 def swept():
-    return rj.sweep(heavy, draw, STEPS, grid=GRID, keep=keep_first, **COMMON)
+    return rj.sweep(heavy, draw, STEPS, grid=GRID, **COMMON)
 
 
-def single(lr, momentum, seed, steps=STEPS, start=START):
-    """The run and the comparisons of one lane, computed alone."""
+def single(lr, momentum, seed, steps=STEPS):
+    """The run and the paths of one lane, computed alone."""
     h, params = {"lr": lr, "momentum": momentum}, draw(jax.random.key(seed))
-    window = rj.warm_up(heavy, params, start, lr=h)
+    window = rj.warm_up(heavy, params, WARMUP, lr=h)
     settings = {"lr": h, "every": EVERY, "metrics": METRICS}
     run = rj.descend(heavy, window, steps, **settings)
     key = jax.random.key(seed)
@@ -68,7 +83,7 @@ def test_every_lane_is_as_if_alone(swept, lr, momentum, seed):
     first = lane["params.first"]
     np.testing.assert_allclose(first.sel(flow="run"), run.params[:, :1], **near)
     for flow, path in paths.items():
-        found, comparison = lane.sel(flow=flow), rj.compare(path, run)
+        found, comparison = lane.sel(flow=flow), rj.compare(run, path)
         for name, values in path.metrics.items():
             np.testing.assert_allclose(found[name], values, **near)
         np.testing.assert_allclose(found.distance, comparison.distance, **near)
@@ -92,10 +107,10 @@ def test_coordinates_and_attributes(swept):
     assert swept.distance.dims == ("flow", "lr", "momentum", "seed", "step")
     assert swept.diverged_at.dims == ("flow", "lr", "momentum", "seed")
     assert swept.flow.values.tolist() == ["run", "rod", "modulated"]
-    assert swept.step.values.tolist() == list(range(START, START + STEPS + 1, EVERY))
+    assert swept.step.values.tolist() == list(range(WARMUP, WARMUP + STEPS + 1, EVERY))
     assert {name: swept[name].values.tolist() for name in GRID} == GRID
     assert swept["params.first"].sizes["params.first_0"] == 1
-    assert swept.attrs["solver"] == "Heun" and swept.attrs["start"] == START
+    assert swept.attrs["solver"] == "Heun" and swept.attrs["warmup"] == WARMUP
 
 
 def same(found, expected):
@@ -104,15 +119,16 @@ def same(found, expected):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-7, atol=1e-9)
 
 
-def test_one_compilation_for_any_grid_and_chunks_that_do_not_divide_it(swept):
-    settings = {"lane_chunk": 5, "time_chunk": 12, "keep": keep_first, **COMMON}
-    same(rj.sweep(heavy, draw, STEPS, grid=GRID, **settings), swept)
-    before = program.build.cache_info().misses
+def test_one_compilation_for_any_grid(swept):
+    """Of flows, metrics and optimizers built again, too."""
+    again = rj.dynamics(heavy_ball, loss)
+    flows = {name: getattr(rj.flows, name)(again) for name in FLOWS}
+    settings = COMMON | {"flows": flows, "metrics": [rj.edge_of_stability(again)]}
     with jax.checking_leaks(), counted_compilations() as compiled:
         other = {"lr": [0.2, 0.3, 0.5], "momentum": 0.1, "seed": [0]}
-        first = rj.sweep(heavy, draw, 2 * STEPS, grid=other, **settings)
-        rj.sweep(heavy, draw, 16, grid=GRID | {"seed": range(9)}, **settings)
-    assert program.build.cache_info().misses == before and compiled == []
+        first = rj.sweep(again, draw, 2 * STEPS, grid=other, **settings)
+        rj.sweep(again, draw, 16, grid=GRID | {"seed": range(9)}, **settings)
+    assert compiled == []
     assert first.momentum == 0.1 and first.momentum.dims == ()
 
 
@@ -132,75 +148,71 @@ class counted_compilations:
         jax.monitoring.clear_event_listeners()
 
 
+def test_a_lane_lost_before_the_window_has_no_flows(swept):
+    lr, h = 1e15, {"lr": 1e15, "momentum": 0.2}
+    state, step = heavy.init(draw(jax.random.key(0)), lr=h), 0
+    while np.all(np.isfinite(state.params)):
+        state, step = heavy.update(state, lr=h), step + 1
+    assert step <= WARMUP
+    grid = {"lr": [0.1, lr], "momentum": 0.2, "seed": 0}
+    data = rj.sweep(heavy, draw, STEPS, grid=grid, **COMMON)
+    assert data.diverged_at.sel(lr=lr).values.tolist() == [step] * 3
+    assert data.evaluations.sel(lr=lr).values.tolist() == [0] * 3
+    assert np.isnan(data.loss.sel(lr=lr)).all()
+    assert np.isnan(data.final_distance.sel(lr=lr)).all()
+    alive = swept.sel(lr=0.1, momentum=0.2, seed=0)
+    np.testing.assert_allclose(data.loss.sel(lr=0.1), alive.loss, rtol=1e-7)
+
+
 def test_memory_bounds_the_chunk(monkeypatch):
-    sizes, build = [], program.build
-
-    def watched(*arguments):
-        sizes.append(build(*arguments))
-        return sizes[-1]
-
-    monkeypatch.setattr(program, "build", watched)
-    expected = rj.sweep(heavy, draw, STEPS, grid=GRID, every=EVERY)
-    whole = sizes.pop()
+    """All lanes and moments at a time, if nothing is said and they fit."""
+    seen = []
+    settings = {"grid": GRID, "every": EVERY, "progress": seen.append}
+    expected = rj.sweep(heavy, draw, STEPS, **settings)
+    whole = seen[-1].program
     assert whole.lanes == 12
     room = 0.5 * whole.bytes
     monkeypatch.setattr(program, "memory", lambda devices: room / program.SHARE)
-    small = rj.sweep(heavy, draw, STEPS, grid=GRID, every=EVERY)
-    assert sizes[-1].bytes <= room and 1 < sizes[-1].lanes < 12
+    small = rj.sweep(heavy, draw, STEPS, **settings)
+    fitted = seen[-1].program
+    assert fitted.bytes <= room and 1 < fitted.lanes < 12
     same(small, expected)
 
 
-def test_a_lane_lost_before_the_start_has_no_flows():
-    grid = {"lr": [0.5, 30.0], "momentum": 0.0, "seed": 1}
-    flows = {"modulated": FLOWS["modulated"]}
-    data = rj.sweep(heavy, draw, 4, grid=grid, flows=flows, start=20)
-    step = 0
-    params, h = draw(jax.random.key(1)), {"lr": 30.0, "momentum": 0.0}
-    state = heavy.init(params, lr=h)
-    while np.all(np.isfinite(state.params)):
-        state, step = heavy.update(state, h), step + 1
-    assert step < 20
-    assert data.diverged_at.sel(lr=30.0).values.tolist() == [step] * 2
-    assert data.evaluations.sel(lr=30.0).values.tolist() == [0] * 2
-    assert np.isnan(data.loss.sel(lr=30.0)).all()
-    assert np.isfinite(data.loss.sel(lr=0.5)).all()
-    assert np.isnan(data.final_distance.sel(lr=30.0)).all()
-
-
 @pytest.mark.slow
-def test_zipped_axes_and_the_amplitude_of_the_seed():
-    seeded = rj.flows.modulated(heavy, seed=lambda h: h["seed_amplitude"])
+def test_zipped_axes_and_the_floor():
+    floored = rj.flows.modulated(heavy, floor=lambda h: h["floor"])
     grid = {
         ("lr", "momentum"): ([0.3, 1.2], [0.6, 0.1]),
-        "seed_amplitude": [0.0, 1e-3, 1e-2],
+        "floor": [0.0, 1e-3, 1e-2],
     }
     start = jnp.array([0.3, 0.5])
-    settings = {"every": 2, "start": 3}
-    data = rj.sweep(heavy, start, 8, grid=grid, flows={"m": seeded}, **settings)
-    assert data.distance.dims == ("flow", "lr", "seed_amplitude", "step")
+    settings = {"every": 2, "warmup": 3}
+    data = rj.sweep(heavy, start, 8, grid=grid, flows={"m": floored}, **settings)
+    assert data.distance.dims == ("flow", "lr", "floor", "step")
     assert data.momentum.dims == ("lr",)
     assert data.momentum.sel(lr=1.2) == 0.1
     h = {"lr": 1.2, "momentum": 0.1}
     window = rj.warm_up(heavy, start, 3, lr=h)
-    flow = rj.flows.modulated(heavy, seed=1e-3)
+    flow = rj.flows.modulated(heavy, floor=1e-3)
     path = rj.integrate(flow, window, 8, lr=h, every=2)
-    lane = data.sel(lr=1.2, flow="m", seed_amplitude=1e-3)
+    lane = data.sel(lr=1.2, flow="m", floor=1e-3)
     np.testing.assert_allclose(lane.amplitude, path.metrics["amplitude"], rtol=1e-9)
     sizes = data.amplitude.sel(flow="m", lr=1.2).isel(step=-1).values
     assert len(set(sizes)) == 3
 
 
 @pytest.mark.parametrize("name", ["edge", "covariance"])
-def test_other_flows_take_the_amplitude_of_the_seed_too(name):
+def test_other_flows_take_the_floor_too(name):
     sgd = rj.dynamics(lambda h: optax.sgd(h["lr"]), loss)
     build = getattr(rj.flows, name)
-    fixed, swept = build(sgd, seed=1e-3), build(sgd, seed=lambda h: h["amplitude"])
-    h, start = {"lr": 1.0, "amplitude": 1e-3}, jnp.array([0.3, 0.5])
+    fixed, swept = build(sgd, floor=1e-3), build(sgd, floor=lambda h: h["floor"])
+    h, start = {"lr": 1.0, "floor": 1e-3}, jnp.array([0.3, 0.5])
     y = fixed.init(start, lr=h, key=jax.random.key(0))
     jax.tree.map(
         np.testing.assert_array_equal, y, swept.init(start, lr=h, key=jax.random.key(0))
     )
-    smaller = swept.init(start, lr=h | {"amplitude": 1e-4}, key=jax.random.key(0))
+    smaller = swept.init(start, lr=h | {"floor": 1e-4}, key=jax.random.key(0))
     ends = [flow.observe(y, lr=h)[0] for flow, y in [(fixed, y), (swept, smaller)]]
     spread = [float(jnp.ptp(end[:, 0])) for end in ends]
     assert spread[0] == pytest.approx(10 * spread[1], rel=1e-6)
@@ -211,7 +223,7 @@ def test_no_lane_waits_for_one_that_is_lost():
     sgd = rj.dynamics(optax.sgd, lambda w: 0.5 * jnp.sum(w**2))
     seen = []
 
-    def update(snapshot, carry, lr):
+    def update(snapshot, carry, *, lr):
         size = jnp.max(jnp.abs(snapshot.centre.params))
 
         def halve(carry):
@@ -222,7 +234,7 @@ def test_no_lane_waits_for_one_that_is_lost():
         jax.debug.callback(lambda count: seen.append(float(count)), count)
         return {}, carry
 
-    lost = rj.Metric(lambda snapshot, lr: (), update)
+    lost = rj.Metric(lambda snapshot, *, lr: (), update)
     data = rj.sweep(
         sgd, jnp.ones(2), 1100, grid={"lr": [0.5, 3.0]}, metrics=[lost], every=550
     )
@@ -230,6 +242,15 @@ def test_no_lane_waits_for_one_that_is_lost():
     assert data.diverged_at.sel(flow="run", lr=3.0) > 550
     # Halvings from 2^550 / 8, at the midpoint, to 1e30, and none once the lane is lost.
     assert len(seen) == 6 and sorted(seen)[-2:] == [0.0, 448.0]
+
+
+gd = rj.dynamics(optax.sgd, loss)
+
+
+def recording(name, value):
+    """A metric of one value."""
+    found = {name: jax.tree.map(jnp.asarray, value)}
+    return rj.Metric(lambda s, *, lr: (), lambda s, carry, *, lr: (found, carry))
 
 
 BAD = [
@@ -247,12 +268,19 @@ BAD = [
     ({"grid": {"lr": [0.1], "seed": [-1]}}, "whole numbers"),
     ({"grid": {"lr": [0.1], "seed": [0]}}, "function of a key"),
     ({"grid": {"seed": 0}, "params": draw}, "lr is missing"),
-    ({"start": -1}, "start"),
+    ({"warmup": -1}, "warmup"),
     ({"steps": 7, "every": 2}, "every=2"),
     ({"every": 2, "time_chunk": 3}, "time_chunk"),
     ({"lane_chunk": 0}, "lane_chunk"),
     ({"substeps": 0}, "substeps"),
     ({"settings": {"tags": ["a"]}}, "settings: tags"),
+    ({"settings": {"steps": 3, "data": "mine"}}, "itself says data, steps"),
+    ({"metrics": (rj.edge_of_stability(gd), rj.spectrum(gd, 2))}, "'residual' is"),
+    ({"metrics": [recording("loss", 0.0)]}, "'loss' is recorded by"),
+    ({"metrics": [recording("distance", 0.0)]}, "'distance' is the name of"),
+    ({"metrics": [recording("lr", 0.0)]}, "'lr' is the name of"),
+    ({"metrics": [recording("both", np.zeros(2))]}, "'both' is not one number"),
+    ({"metrics": [recording("tree", {"a": 0.0, "b": 0.0})]}, "'tree' is not one"),
     ({"flows": {"run": rj.flows.stable(heavy)}}, "'run'"),
     ({"flows": {"other": rj.flows.stable(heavy)}}, "other dynamics"),
 ]
@@ -263,7 +291,7 @@ def test_bad_input_is_refused_before_anything_is_compiled(change, words, monkeyp
     monkeypatch.setattr(jax.stages.Lowered, "compile", None)
     settings = {"params": jnp.ones(2), "steps": 4, "grid": {"lr": [0.1, 0.2]}} | change
     with pytest.raises(ValueError, match=words):
-        rj.sweep(rj.dynamics(optax.sgd, loss), **settings)
+        rj.sweep(gd, **settings)
 
 
 def test_a_setting_that_python_branches_on_cannot_be_an_axis():

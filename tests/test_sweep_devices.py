@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 import sweep_worker as worker
 
-from rodjax.sweeps import check_threads
+from rodjax.sweeps._program import check_threads
 
 #: 15 lanes by 2 on each of 4 devices at a time, and in 4 chunks of time.
-WIDE, CHUNKS = ("--lane-chunk", 8), 8
+WIDE, CHUNKS = 8, 8
+FILES = ["checkpoints", "result.nc", "sweep.json"]
+
+
+def alone():
+    """What one device comes to: all lanes at a time, and by 2."""
+    return worker.alone("--lane-chunk", 0, 2)
 
 
 def near(found, expected):
@@ -22,41 +28,48 @@ def near(found, expected):
 
 def apart(lines, calls, lanes):
     """Every call's outputs lay on 4 devices, of which none waited for another."""
-    calls_seen = [line for line in lines if "operations" in line]
-    assert len(calls_seen) == calls
-    for line in calls_seen:
-        assert line["devices"] == [4] and line["widths"] == [lanes]
-        assert "while" in line["operations"]
-        for name in line["operations"]:
+    assert len(lines) == calls
+    for line in lines:
+        program = line["program"]
+        assert program["devices"] == [4] and program["widths"] == [lanes]
+        assert "while" in program["operations"]
+        for name in program["operations"]:
             assert not name.startswith(("all-", "reduce-scatter", "collective-"))
             assert not name.startswith(("send", "recv"))
 
 
+def by_sweep(save, count):
+    """The lines said at the chunks of each sweep."""
+    lines = [line for line in worker.said(save) if "done" in line]
+    return [[line for line in lines if line["sweep"] == i] for i in range(count)]
+
+
 def test_lanes_diverge_and_stay():
     """What is compared below is not empty on either side."""
-    lost = np.isfinite(worker.alone()["diverged_at"])
+    lost = np.isfinite(alone()[0]["diverged_at"])
     assert lost[0].any() and not lost[0].all()
 
 
-@pytest.mark.parametrize(
-    "words, calls, lanes", [(WIDE, CHUNKS, 2), ((), CHUNKS // 2, 4)]
-)
-def test_four_devices(tmp_path, words, calls, lanes):
+def test_four_devices(tmp_path):
     """One device's bits at the same lanes of each, nothing but rounding at others."""
-    worker.wait([worker.start("--save", tmp_path, "--devices", 4, *words)])
-    found = worker.saved(tmp_path)
-    if lanes == 2:
-        worker.same_bits(found, worker.alone("--lane-chunk", "2"))
-    near(found, worker.alone())
-    apart(worker.said(tmp_path), calls, lanes)
+    words = ("--devices", 4, "--lane-chunk", WIDE, 0)
+    worker.wait([worker.start("--save", tmp_path, *words)])
+    wide, whole = worker.saved(tmp_path, 0), worker.saved(tmp_path, 1)
+    worker.same_bits(wide, alone()[2])
+    near(wide, alone()[0])
+    near(whole, alone()[0])
+    ran = by_sweep(tmp_path, 2)
+    apart(ran[0], CHUNKS, 2)
+    apart(ran[1], CHUNKS // 2, 4)
 
 
-def pair(save, *outs):
-    """Start two processes of two devices each, which make one sweep for each out."""
+def pair(save, *words):
+    """Start two processes of two devices each, with these words for both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = (*WIDE, "--devices", 2, "--processes", 2, "--port", port, "--out", *outs)
+    words = ("--devices", 2, "--processes", 2, "--port", port, *words)
+    words = ("--lane-chunk", WIDE, *words)
     return [
         worker.start("--save", save / str(i), "--process", i, *words) for i in (0, 1)
     ]
@@ -65,28 +78,37 @@ def pair(save, *outs):
 def test_two_processes(tmp_path):
     """Both return all of the bits of one, in memory and from the file in a shared out.
 
-    Killed on their way they go on from there, and called once more there is nothing to
+    Stopped on their way they go on from there, and called once more there is nothing to
     do and the file is the same.
     """
-    out, first, second = tmp_path / "out", tmp_path / "first", tmp_path / "second"
-    worker.wait(pair(first, out), (out / "checkpoints/rows/5").exists)
-    assert not (out / "result.nc").exists()
-
-    worker.wait(pair(second, out, out, worker.NONE))
-    expected = worker.alone("--lane-chunk", "2")
+    out = tmp_path / "out"
+    words = ("--stop", 5, "--out", out, out, out, worker.NONE)
+    worker.wait(pair(tmp_path, *words))
+    known = [worker.said(tmp_path / str(i))[0]["program"]["digests"] for i in (0, 1)]
+    assert known[0] == known[1]
     for i in (0, 1):
-        for sweep in range(3):
-            worker.same_bits(worker.saved(second / str(i), sweep), expected)
-        lines = [x for x in worker.said(second / str(i)) if "done" in x]
-        ran = {sweep: [x for x in lines if x["sweep"] == sweep] for sweep in range(3)}
-        assert 0 < len(ran[0]) <= CHUNKS - 5 and ran[0][0]["resumed"] > 0
-        assert not ran[1] and len(ran[2]) == CHUNKS
-        apart(worker.said(second / str(i)), len(ran[0]) + len(ran[2]), 2)
-    assert sorted(x.name for x in out.iterdir()) == [
-        "checkpoints",
-        "result.nc",
-        "sweep.json",
-    ]
+        first, second, again, memory = by_sweep(tmp_path / str(i), 4)
+        assert len(first) == 5 and len(second) == CHUNKS - 5
+        assert second[0]["resumed"] == first[-1]["done"]
+        assert not again and len(memory) == CHUNKS
+        apart([*first, *second, *memory], 2 * CHUNKS, 2)
+        for sweep in (1, 2, 3):
+            worker.same_bits(worker.saved(tmp_path / str(i), sweep), alone()[2])
+    assert sorted(x.name for x in out.iterdir()) == FILES
+
+
+@pytest.mark.slow
+def test_two_killed_processes(tmp_path):
+    """Processes of their own go on from where others were killed."""
+    out, first, second = tmp_path / "out", tmp_path / "first", tmp_path / "second"
+    worker.wait(pair(first, "--out", out), (out / "checkpoints/rows/5").exists)
+    assert not (out / "result.nc").exists()
+    worker.wait(pair(second, "--out", out))
+    for i in (0, 1):
+        (ran,) = by_sweep(second / str(i), 1)
+        assert 0 < len(ran) <= CHUNKS - 5 and ran[0]["resumed"] > 0
+        worker.same_bits(worker.saved(second / str(i)), alone()[2])
+    assert sorted(x.name for x in out.iterdir()) == FILES
 
 
 class Fake:

@@ -1,6 +1,5 @@
 """A sweep that was stopped goes on where it was, to the same bits."""
 
-import importlib
 import json
 import random
 import re
@@ -13,22 +12,23 @@ import numpy as np
 import optax
 import pytest
 import sweep_worker as worker
+from helpers import unchecked
 
 import rodjax as rj
+from rodjax.sweeps import _sweep as module
 
-#: Which its function of the same name hides.
-MODULE = importlib.import_module("rodjax.sweeps.sweep")
 #: Two chunks of lanes, of four chunks of time each.
 EACH, CHUNKS = 4, 8
-ARGS = worker.options(["--lane-chunk", 8])
-SGD, DRAW, FLOWS, KEEP = worker.problem(ARGS.keep)
+WORDS = ("--lane-chunk", 8, "--flow", "stable")
+ARGS = worker.options(WORDS)
+SGD, DRAW, FLOWS, KEEP = worker.problem(ARGS.flow, ARGS.keep)
 #: What `worker.sweep` asks for.
 ASKED = {
     "steps": 20,
     "grid": {"lr": [0.05, 0.3, 0.6], "seed": range(5)},
     "flows": FLOWS,
     "keep": KEEP,
-    "lane_chunk": ARGS.lane_chunk,
+    "lane_chunk": 8,
     "time_chunk": ARGS.time_chunk,
 }
 
@@ -62,7 +62,7 @@ def states(tmp_path_factory):
     def copy(status):
         shutil.copytree(out, next(x for x in copies if not x.exists()))
 
-    worker.sweep(ARGS, out, copy).close()
+    worker.sweep(ARGS, out=out, progress=copy).close()
     return [*copies[:-1], out]
 
 
@@ -89,15 +89,25 @@ def test_on_disk_is_as_in_memory(states, whole):
     worker.same_bits(sweep(states[-1])[0], whole)
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS - 1))
+#: The first, those on both sides of a chunk of lanes, and the one before the last.
+TELLING = (0, EACH - 1, EACH, CHUNKS - 2)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        pytest.param(i, marks=() if i in TELLING else pytest.mark.slow)
+        for i in range(CHUNKS - 1)
+    ],
+)
 def test_stopped_after_a_chunk(at, whole, chunk):
     """What was cut off in mid-write is ignored and removed."""
     out = at(chunk)
     cut = [
         out / "result.nc.part",
         out / "sweep.json.part",
-        out / f"checkpoints/rows/{chunk + 1}.orbax-checkpoint-tmp/default/d/0",
-        out / f"checkpoints/places/{chunk + 1}.orbax-checkpoint-tmp/default/d/0",
+        out / f"checkpoints/rows/{chunk + 1}.orbax-checkpoint-tmp/rows/d/0",
+        out / f"checkpoints/places/{chunk + 1}.orbax-checkpoint-tmp/places/d/0",
     ]
     for file in cut:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +122,10 @@ def test_stopped_after_a_chunk(at, whole, chunk):
     assert not any(file.exists() for file in cut)
 
 
-@pytest.mark.parametrize("chunk, places", [(0, -1), (1, 0), (4, 2), (6, 5)])
+@pytest.mark.parametrize(
+    "chunk, places",
+    [(0, -1), pytest.param(1, 0, marks=pytest.mark.slow), (4, 2), (6, 5)],
+)
 def test_stopped_between_rows_and_places(at, whole, chunk, places):
     """The chunk is done again, from the places before it."""
     found, seen = sweep(at(chunk, places))
@@ -161,12 +174,12 @@ def refused(out, **changed):
 
 CHANGED = [
     ({"steps": 40}, {"steps"}),
-    ({"start": 3}, {"start"}),
+    ({"warmup": 3}, {"warmup"}),
     ({"every": 5}, {"every"}),
     ({"grid": {"lr": [0.05, 0.3], "seed": range(5)}}, {"grid lr"}),
     ({"grid": {"lr": [0.05, 0.3, 0.6], "seed": range(1, 6)}}, {"grid seed"}),
     ({"grid": {("lr", "seed"): [[0.05, 0.3, 0.6], range(3)]}}, {"zipped", "grid seed"}),
-    ({"flows": {"other": FLOWS["modulated"]}}, {"flows"}),
+    ({"flows": {"other": FLOWS["stable"]}}, {"flows"}),
     ({"flows": None}, {"flows"}),
     ({"solver": diffrax.Midpoint()}, {"solver"}),
     ({"substeps": 2}, {"substeps"}),
@@ -180,38 +193,52 @@ CHANGED = [
 @pytest.mark.parametrize("changed, names", CHANGED)
 def test_other_settings_are_refused(states, monkeypatch, changed, names):
     """By name, before anything is compiled or written."""
-    monkeypatch.setattr(MODULE, "fit", None)
+    monkeypatch.setattr(module, "fit", None)
     assert refused(states[2], **changed) == names
 
 
-def test_another_program_is_refused(states):
-    """A loss, too, is told from another, although nothing else differs."""
+def small(**changed):
+    """What a sweep without flows is asked for."""
+    return {"flows": {}, "grid": {"lr": 0.1}, "keep": lambda w: None} | changed
+
+
+def quadratic(data):
+    return rj.dynamics(optax.sgd, lambda w: jnp.sum((w * data) ** 2))
+
+
+def test_another_program_is_refused_and_so_is_other_data(tmp_path):
+    """They are told apart, although nothing else differs."""
+    data = np.linspace(1.0, 2.0, 20)
+    same = small(params=jnp.ones(20), dynamics=quadratic(data))
+    assert len(sweep(tmp_path, **same)[1]) == EACH
+    # Not by where they lie, nor by what holds them.
+    same["dynamics"] = quadratic(jnp.array(data))
+    assert not sweep(tmp_path, **same)[1]
+    near = data + 1e-12 * (np.arange(20) == 7)
+    assert refused(tmp_path, **same | {"dynamics": quadratic(near)}) == {"data"}
     other = rj.dynamics(optax.sgd, lambda w: jnp.sum(jnp.cosh(w)))
-    flows = {"modulated": rj.flows.modulated(other)}
-    assert refused(states[2], dynamics=other, flows=flows) == {"program"}
+    assert "program" in refused(tmp_path, **same | {"dynamics": other})
 
 
 def test_other_parameters_are_refused(tmp_path, monkeypatch):
     """By their values, types and structure; NaN and NumPy's numbers are themselves."""
-    same = {
-        "params": (jnp.array([1.0, 2.0]), jnp.array([0.5, 0.1])),
-        "dynamics": rj.dynamics(optax.sgd, lambda w: jnp.sum((w[0] * w[1]) ** 2)),
-        "flows": {},
-        "grid": {"lr": 0.1},
-        "keep": lambda w: None,
-        "start": np.int64(0),
-        "settings": {"target": np.nan},
-    }
-    assert len(sweep(tmp_path, **same)[1]) == EACH
-    assert not sweep(tmp_path, **same)[1]
-    monkeypatch.setattr(MODULE, "fit", None)
-    a, b = same["params"]
-    for params in ((a, b + 1e-12), (b, a), [a, b], (a, b.astype(jnp.float32))):
-        assert refused(tmp_path, **(same | {"params": params})) == {"params"}
+    same = small(
+        params=(jnp.array([1.0, 2.0]), jnp.array([0.5, 0.1])),
+        dynamics=rj.dynamics(optax.sgd, lambda w: jnp.sum((w[0] * w[1]) ** 2)),
+        warmup=np.int64(0),
+        settings={"target": np.nan},
+    )
+    with unchecked():
+        assert len(sweep(tmp_path, **same)[1]) == EACH
+        assert not sweep(tmp_path, **same)[1]
+        monkeypatch.setattr(module, "fit", None)
+        a, b = same["params"]
+        for params in ((a, b + 1e-12), (b, a), [a, b], (a, b.astype(jnp.float32))):
+            assert refused(tmp_path, **(same | {"params": params})) == {"params"}
 
 
 def test_a_file_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(MODULE, "fit", None)
+    monkeypatch.setattr(module, "fit", None)
     file = tmp_path / "out"
     file.write_text("mine")
     with pytest.raises(ValueError, match="is not a directory"):
@@ -220,7 +247,7 @@ def test_a_file_is_refused(tmp_path, monkeypatch):
 
 
 def test_checkpoints_of_nobody_knows_what_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(MODULE, "fit", None)
+    monkeypatch.setattr(module, "fit", None)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match=r"no sweep\.json to say of what"):
         sweep(tmp_path)
@@ -228,7 +255,7 @@ def test_checkpoints_of_nobody_knows_what_are_refused(tmp_path, monkeypatch):
 
 def test_other_devices_are_refused_by_name(tmp_path, monkeypatch):
     """Chunks of lanes for other devices would not come to the same bits."""
-    monkeypatch.setattr(MODULE, "fit", None)
+    monkeypatch.setattr(module, "fit", None)
     stored = {"devices": "2 x cpu", "lane_chunk": 8, "time_chunk": 5}
     (tmp_path / "sweep.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="devices was 2 x cpu, is now 1 x cpu"):
@@ -269,7 +296,7 @@ def test_killed_processes(tmp_path, kills, time_chunk):
     Killed while it writes checkpoints and the result, too; and it goes on from where it
     was instead of from the start.
     """
-    words = ("--lane-chunk", 8, "--time-chunk", time_chunk, "--keep", 5000)
+    words = (*WORDS, "--time-chunk", time_chunk, "--keep", 5000)
     out, draw = tmp_path / "out", random.Random(kills)
     writing = [("rows", "places", None)[i % 3] for i in range(kills - 1)]
     cut, resumed = [], []
@@ -286,4 +313,4 @@ def test_killed_processes(tmp_path, kills, time_chunk):
     save = tmp_path / "whole"
     worker.wait([worker.start("--save", save, "--out", out, *words)])
     assert not unfinished(out)
-    worker.same_bits(worker.saved(save), worker.alone(*words))
+    worker.same_bits(worker.saved(save), worker.alone(*words)[8])

@@ -8,8 +8,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import rodjax as rj
-from rodjax.transforms import ScaleByDalState, _dal as dal, scale_by_dal
-from rodjax.transforms import loss_of_params
+from rodjax.transforms import ScaleByDalState, dal, scale_by_dal
+from rodjax.transforms._extra import loss_of_params
 
 SPECTRUM = [4.0, 1.5, 0.3]
 
@@ -20,8 +20,12 @@ def dtype(request):
 
 
 def step(tx, loss, params, **extra):
-    grad = jax.grad(loss)(params)
-    return tx.update(grad, tx.init(params), params, value_fn=loss, **extra)
+    @jax.jit
+    def update(params):
+        grad = jax.grad(loss)(params)
+        return tx.update(grad, tx.init(params), params, value_fn=loss, **extra)
+
+    return update(params)
 
 
 def rate_of(state):
@@ -30,7 +34,8 @@ def rate_of(state):
 
 def formula(loss, params, p, max_lr):
     """The learning rate in numpy, from the Hessian as a matrix."""
-    grad, hessian = jax.grad(loss)(params), jax.hessian(loss)(params)
+    both = jax.jit(lambda w: (jax.grad(loss)(w), jax.hessian(loss)(w)))
+    grad, hessian = both(params)
     ratio = np.linalg.norm(hessian @ grad) / np.linalg.norm(grad)
     return min(2 / ratio**p, max_lr)
 
@@ -81,7 +86,7 @@ def test_derivatives_are_finite(start):
     # With respect to everything that a rate may depend on, at a minimum too.
     loss = lambda w: jnp.sum(w**4) + jnp.sum(w**2)
     sensitivity = jax.jacobian(lambda w, p: step(dal(p), loss, w)[0], argnums=(0, 1))
-    for part in sensitivity(jnp.full(2, start), jnp.array(0.8)):
+    for part in jax.jit(sensitivity)(jnp.full(2, start), jnp.array(0.8)):
         assert np.isfinite(part).all()
 
 
@@ -192,8 +197,8 @@ def test_trains_where_gradient_descent_at_its_highest_rate_diverges():
     problem = rj.problems.factorization((4, 3, 2), [2.0, 1.0], seed=1)
     dynamics = rj.dynamics(dal(), problem.loss)
     highest = rj.Metric(
-        lambda seen, lr: jnp.zeros(()),
-        lambda seen, top, lr: (
+        lambda seen, *, lr: jnp.zeros(()),
+        lambda seen, top, *, lr: (
             {"top": jnp.maximum(top, rate_of(seen.centre.phase[1]))},
             jnp.maximum(top, rate_of(seen.centre.phase[1])),
         ),

@@ -8,8 +8,7 @@ import pytest
 
 import rodjax as rj
 from rodjax.flows import ringing
-from rodjax.optimizer import alternating_multiplier
-from rodjax.optimizer import REACH, Window, alternating, slide
+from rodjax.optimizer import REACH, Window, alternating, alternating_multiplier, slide
 
 TIMES = np.arange(-REACH, REACH + 1.0)
 
@@ -162,7 +161,7 @@ def ringing_run(beta, ratio, others=()):
         optax.sgd(LR, momentum=beta), lambda w: 0.5 * jnp.sum(curvature * w**2)
     )
     window = rj.warm_up(dynamics, jnp.ones(len(curvature)), 10)
-    mu = alternating_multiplier(dynamics, window.at(0), None, ratio)
+    mu = alternating_multiplier(dynamics, window.at(0), ratio)
 
     def step(window, _):
         # w[t + k] = Re(a mu^k): two of them give the complex amplitude a.

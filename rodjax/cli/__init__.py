@@ -1,7 +1,7 @@
 """The command line: an optimizer beside its flows, once or on a whole grid.
 
 Knows: all other rooms, the names by which problems, optimizers, flows and solvers are
-called, options, files and progress. Must not be known by any other room.
+called, options, files and progress. Must not know: any mathematics, which it calls.
 """
 
 import typer
@@ -9,6 +9,8 @@ import typer
 from rodjax.cli._list import listing
 from rodjax.cli._run import run
 from rodjax.cli._sweep import sweep
+
+__all__ = ["app", "main"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command()(run)

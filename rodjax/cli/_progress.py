@@ -1,4 +1,4 @@
-"""How far a sweep is, on stderr: a bar on a terminal, a few plain lines elsewhere."""
+"""How far a command is, on stderr: a bar on a terminal, a few plain lines elsewhere."""
 
 import sys
 from types import TracebackType
@@ -6,20 +6,18 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from rodjax.sweeps import Status
-
 
 class Bar:
-    """Called with every `Status`; a context, within which it is shown.
+    """A context, within which one stage of the work after another is shown.
 
-    - `total`: optimizer steps of all lanes; `out`: the directory of the sweep.
     - `shown`: whether this process shows anything.
+    - `lines`: plain lines of a stage at most, beside the one at its beginning.
+    - `moved`: whether any stage has got anywhere.
     """
 
-    def __init__(self, total: int, out: str, shown: bool = True):
-        self.total, self.out, self.shown = total, out, shown
-        self.status: Status | None = None
-        self.tenths = 0
+    def __init__(self, shown: bool = True, lines: int = 10):
+        self.shown, self.lines = shown, lines
+        self.moved = False
         console = Console(stderr=True)
         self.live = shown and sys.stderr.isatty() and console.is_interactive
         self.progress = Progress(
@@ -33,9 +31,6 @@ class Bar:
 
     def __enter__(self) -> "Bar":
         self.progress.start()
-        self.task = self.progress.add_task("compiling", total=self.total, text="")
-        if not self.live:
-            self._say("compiling")
         return self
 
     def __exit__(
@@ -44,45 +39,27 @@ class Bar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.status is None:
-            self.progress.update(self.task, visible=False)
-            if error is None:
-                self.going_on(self.total)
         self.progress.stop()
 
-    def __call__(self, status: Status) -> None:
-        """Show it."""
-        if self.status is None and status.resumed:
-            self.going_on(status.resumed)
-        self.status, text = status, describe(status)
-        self.progress.update(
-            self.task, description="sweeping", completed=status.done, text=text
-        )
-        tenths = 10 * status.done // status.total
-        if not self.live and tenths > self.tenths:
-            self.tenths = tenths
-            self._say(f"{status.done / status.total:4.0%} {text}")
+    def begin(self, name: str, total: int) -> None:
+        """A stage of `total` steps, which begins with compiling."""
+        self.name, self.total, self.said = name, total, 0
+        self.task = self.progress.add_task(name, total=total, text="compiling")
+        if not self.live:
+            self.say(f"{name}: compiling")
 
-    def going_on(self, done: int) -> None:
-        """Say what an earlier call has done already."""
-        text = f"going on from {done} of {self.total} steps in {self.out}"
+    def move(self, done: int, text: str) -> None:
+        """So many steps of the stage are done; `text` says how it goes."""
+        self.moved = True
+        self.progress.update(self.task, completed=done, text=text)
+        part = self.lines * done // self.total
+        if not self.live and part > self.said:
+            self.said = part
+            self.say(f"{self.name}: {done / self.total:4.0%} {text}")
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
         if self.live:
             self.progress.console.print(text, highlight=False, markup=False)
-        else:
-            self._say(text)
-
-    def _say(self, text: str) -> None:
-        if self.shown:
+        elif self.shown:
             print(text, file=sys.stderr, flush=True)
-
-
-def describe(status: Status) -> str:
-    """Lanes, speed and time left, of a `Status`."""
-    alive = status.lanes - status.diverged
-    # What an earlier call has done says nothing of this one's speed.
-    rate = (status.done - status.resumed) / max(status.seconds, 1e-9)
-    left = round((status.total - status.done) / rate)
-    clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-    return (
-        f"{alive} alive, {status.diverged} diverged, {rate:.4g} steps/s, {clock} left"
-    )

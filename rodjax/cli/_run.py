@@ -2,8 +2,8 @@
 
 import json
 import math
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ import typer
 
 from rodjax.cli import _names as choices
 from rodjax.cli import _shared as shared
+from rodjax.cli._progress import Bar
 from rodjax.cli._shared import cell, number
 from rodjax.optimizer import dynamics as make_dynamics
 from rodjax.optimizer import threshold, warm_up
@@ -92,73 +93,56 @@ def run(
         "solver": solver,
         "every": every,
     }
-    meter = Meter(warmup, steps)
     common: dict[str, Any] = {
         "lr": lr,
         "every": every,
         "metrics": shared.metrics(dynamics, chosen),
-        "progress": meter,
-    }
-    meter.begin(optimizer)
-    window = warm_up(dynamics, chosen.params, warmup, lr=lr)
-    reference = jax.block_until_ready(descend(dynamics, window, steps, **common))
-    meter.end()
-    summary: dict[str, Any] = head | {
-        "run": {
-            "final_loss": number(last_finite(reference.metrics["loss"])),
-            **_own(chosen, reference),
-            "diverged_at": number(reference.diverged_at),
-        },
-        "flows": {},
     }
     paths: dict[str, Trajectory] = {}
-    # Written as it is done, so that a killed run loses only the flow it is in.
-    _write(out, summary, reference, paths, attributes)
-    for name, model in models.items():
-        began = time.perf_counter()
-        meter.begin(name)
-        paths[name] = jax.block_until_ready(
-            integrate(model, window, steps, solver=method, substeps=substeps, **common)
-        )
-        meter.end()
-        row = compare(reference, paths[name]).summary()
-        row["seconds"] = time.perf_counter() - began
-        summary["flows"][name] = {
-            key: number(row[key]) for key in (*COLUMNS, "diverged_at")
-        } | _own(chosen, paths[name])
+    with Bar(lines=2) as bar:
+        common["progress"] = partial(_tell, bar, warmup)
+        bar.begin(optimizer, steps)
+        window = warm_up(dynamics, chosen.params, warmup, lr=lr)
+        reference = _done(descend(dynamics, window, steps, **common))
+        summary: dict[str, Any] = head | {
+            "run": {
+                "final_loss": number(last_finite(reference.metrics["loss"])),
+                **_own(chosen, reference),
+                "diverged_at": number(reference.diverged_at),
+            },
+            "flows": {},
+        }
+        # Written as it is done, so that a killed run loses only the flow it is in.
         _write(out, summary, reference, paths, attributes)
+        for name, model in models.items():
+            began = time.perf_counter()
+            bar.begin(name, steps)
+            path = integrate(
+                model, window, steps, solver=method, substeps=substeps, **common
+            )
+            paths[name] = _done(path)
+            row = compare(reference, paths[name]).summary()
+            row["seconds"] = time.perf_counter() - began
+            summary["flows"][name] = {
+                key: number(row[key]) for key in (*COLUMNS, "diverged_at")
+            } | _own(chosen, paths[name])
+            _write(out, summary, reference, paths, attributes)
     title = "{problem}, {optimizer}, lr {lr:g}, {dtype}".format(**summary)
     plot(reference, paths, title).savefig(out / "plot.png", dpi=120)
     _print(summary, out)
 
 
-class Meter:
-    """Progress on stderr: steps done and loss, a few times a second."""
+def _tell(bar: Bar, warmup: int, step: Any, loss: Any) -> None:
+    """Show how far a run or a flow is; steps may be half-integers."""
+    done = int(step) - warmup
+    bar.move(done, f"{done} of {bar.total} steps, loss {float(loss):.6g}")
 
-    def __init__(self, start: int, steps: int):
-        self.start, self.steps = start, steps
-        self.name, self.shown = "", 0.0
 
-    def begin(self, name: str) -> None:
-        """Start a line for `name`."""
-        self.name, self.shown = name, 0.0
-        sys.stderr.write(f"\r{name:>14}: compiling")
-        sys.stderr.flush()
-
-    def __call__(self, step: Any, loss: Any) -> None:
-        """Show that `step` is done, if something was not shown just now."""
-        done = int(step) - self.start
-        if time.monotonic() - self.shown > 0.2 or done == self.steps:
-            self.shown = time.monotonic()
-            sys.stderr.write(
-                f"\r{self.name:>14}: {done}/{self.steps} steps, loss {float(loss):.6f} "
-            )
-            sys.stderr.flush()
-
-    def end(self) -> None:
-        """Wait for the last step to be shown and end the line."""
-        jax.effects_barrier()
-        sys.stderr.write("\n")
+def _done(path: Trajectory) -> Trajectory:
+    """Computed, and its last step shown."""
+    path = jax.block_until_ready(path)
+    jax.effects_barrier()
+    return path
 
 
 def _own(problem: Problem, path: Trajectory) -> dict[str, float | None]:

@@ -97,8 +97,12 @@ def check_steps(warmup: int, steps: int, every: int, substeps: int) -> None:
 
 
 def flow_names(flows: str) -> list[str]:
-    """The names in a comma-separated list."""
-    return [name.strip() for name in flows.split(",") if name.strip()]
+    """The names in a comma-separated list; raises `ValueError` if one is repeated."""
+    names = [name.strip() for name in flows.split(",") if name.strip()]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--flows {flows}: {name} is named twice")
+    return names
 
 
 def build_flows(
@@ -109,12 +113,22 @@ def build_flows(
     rank: int | None,
     floor: Floor = None,
 ) -> dict[str, Flow]:
-    """The named flows of `dynamics`; raises `ValueError` where a flow does."""
+    """The named flows of `dynamics`.
+
+    **Raises** `ValueError` where a flow does, and for a `rank` that none of them takes.
+    """
     size = optax.tree.size(problem.params)
-    return {
+    built = {
         name: choices.flow(name, dynamics, size=size, rank=rank, floor=floor)
         for name in names
     }
+    ranked = [name for name, record in choices.FLOWS.items() if record.rank]
+    if rank is not None and not set(ranked) & set(names):
+        raise ValueError(
+            f"--rank {rank}: none of the flows takes it; name one of "
+            f"{', '.join(ranked)} in --flows, without a RANK of its own"
+        )
+    return built
 
 
 def number(value: Any) -> float | None:

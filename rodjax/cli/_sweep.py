@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ from rodjax.cli import _summary as report
 from rodjax.cli._progress import Bar
 from rodjax.optimizer import dynamics as make_dynamics
 from rodjax.report import plot_lanes, plot_sweep
-from rodjax.sweeps import SEED, cores, make_grid, settings_in
+from rodjax.sweeps import SEED, Status, cores, make_grid, settings_in
 
 if TYPE_CHECKING:
     import xarray
@@ -83,7 +84,7 @@ def sweep(
     """
     dtype = shared.configure(float64)
     bar: Bar | None = None
-    with shared.refusing("sweep", unless=lambda: bool(bar and bar.status)):
+    with shared.refusing("sweep", unless=lambda: bar is not None and bar.moved):
         shared.check_steps(warmup, steps, every, substeps)
         grid = axes.grid(lr, axis or [], seeds, together or [])
         points = make_grid(grid)
@@ -122,7 +123,6 @@ def sweep(
         method = choices.solver(solver)
         _check(out)
         first, total = jax.process_index() == 0, points.lanes * (warmup + steps)
-        bar = Bar(total, str(out), shown=first)
         head: dict[str, Any] = {
             "problem": problem,
             "optimizer": optimizer,
@@ -131,7 +131,8 @@ def sweep(
             "dtype": dtype,
             "rank": "each flow's own" if rank is None else rank,
         }
-        with bar:
+        with Bar(shown=first) as bar:
+            bar.begin("sweep", total)
             data = sweeps.sweep(
                 dynamics,
                 chosen.draw if SEED in points.values else chosen.params,
@@ -147,11 +148,20 @@ def sweep(
                 time_chunk=time_chunk,
                 out=out,
                 settings=head,
-                progress=bar,
+                progress=partial(_tell, bar, out),
             )
+            if not bar.moved:
+                bar.say(f"nothing left to do of {total} steps in {out}")
     with data:
         if first:
             _report(data, out)
+
+
+def _tell(bar: Bar, out: Path, status: Status) -> None:
+    """Show how far a sweep is, first of all how far an earlier call had got."""
+    if status.resumed and not bar.moved:
+        bar.say(f"going on from {status.resumed} of {status.total} steps in {out}")
+    bar.move(status.done, describe(status))
 
 
 def _use_cores(lanes: int) -> None:
@@ -169,6 +179,18 @@ def _use_cores(lanes: int) -> None:
         return
     # XLA's threads: where each is busy with a device, those wait for others forever.
     os.environ.setdefault("NPROC", str(2 * devices))
+
+
+def describe(status: Status) -> str:
+    """Lanes, speed and time left, of a `Status`."""
+    alive = status.lanes - status.diverged
+    # What an earlier call has done says nothing of this one's speed.
+    rate = (status.done - status.resumed) / max(status.seconds, 1e-9)
+    left = round((status.total - status.done) / rate)
+    clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+    return (
+        f"{alive} alive, {status.diverged} diverged, {rate:.4g} steps/s, {clock} left"
+    )
 
 
 def _check(out: Path) -> None:

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from rodjax.flows._flow import Flow
 from rodjax.flows._scope import preconditioned_start
@@ -26,6 +27,9 @@ REPORTS: Mapping[str, str] = MappingProxyType(
         "complementarity": "residual of its complementarity problem",
     }
 )
+
+
+Slope = Callable[[Float[Array, " d"]], Float[Array, " d"]]
 
 
 class CentralState(NamedTuple):
@@ -105,7 +109,7 @@ def central(dynamics: Dynamics, *, rank: int = 3, gamma: float = 4.0) -> Flow:
 
     def settle(mean: State, squares: PyTree, lr: PyTree) -> PyTree:
         """d nu/dt when the squared gradients average to `squares`."""
-        grad = jax.tree.map(jnp.sqrt, squares)
+        grad = jax.tree.map(_root, squares)
         after = dynamics.respond(mean, grad, lr=lr).slow
         # With nu the second moment after its update the rate is that over what is kept.
         none = dynamics.respond(mean, optax.tree.zeros_like(grad), lr=lr).slow
@@ -219,31 +223,81 @@ def central(dynamics: Dynamics, *, rank: int = 3, gamma: float = 4.0) -> Flow:
     )
 
 
+def _root(square: Array) -> Array:
+    """The square root, whose derivative at zero is zero."""
+    inside = square > 0
+    return jnp.where(inside, jnp.sqrt(jnp.where(inside, square, 1.0)), 0.0)
+
+
 def _bends(
-    slope_of: Callable[[Float[Array, " d"]], Float[Array, " d"]],
-    point: Float[Array, " d"],
-    tracked: Tracked,
+    slope_of: Slope, point: Float[Array, " d"], tracked: Tracked
 ) -> Float[Array, "k k d"]:
     """T[u_i, u_j] for the directions that could be at the edge; zero for others.
 
     They are the costliest part of the field, so their number is decided as it runs.
     """
-    u = tracked.directions
-    count = len(u)
+    count = len(tracked.directions)
     sizes = jnp.abs(tracked.curvature)
     # Gershgorin: what lies below NEAR even so is left out, with all that follow.
     reach = jnp.sum(sizes, 1) - jnp.diag(sizes) + jnp.diag(tracked.curvature)
     active = jnp.max(jnp.where(reach > NEAR, 1 + jnp.arange(count), 0))
-    pairs = [(i, j) for j in range(count) for i in range(j + 1)]
-    first, second = jnp.asarray(pairs).T
-
-    def bend(n, bends):
-        along = lambda x: jax.jvp(slope_of, (x,), (u[first[n]],))[1]
-        value = jax.jvp(along, (point,), (u[second[n]],))[1]
-        return bends.at[n].set(value)
-
-    found = jnp.zeros((len(pairs), point.size), point.dtype)
-    found = jax.lax.fori_loop(0, active * (active + 1) // 2, bend, found)
-    place = {pair: n for n, pair in enumerate(pairs)}
+    # What the loss closes over becomes an argument, to be differentiated in.
+    slope_of = eqx.filter_closure_convert(slope_of, point)
+    found = _first_bends(slope_of, point, tracked.directions, active)
+    place = {pair: n for n, pair in enumerate(_pairs(count))}
     index = [[place[min(i, j), max(i, j)] for j in range(count)] for i in range(count)]
     return found[jnp.asarray(index)]
+
+
+def _pairs(count: int) -> list[tuple[int, int]]:
+    """Those of the first few directions first, however few they are."""
+    return [(i, j) for j in range(count) for i in range(j + 1)]
+
+
+def _bend(
+    slope_of: Slope,
+    point: Float[Array, " d"],
+    u: Float[Array, " d"],
+    v: Float[Array, " d"],
+) -> Float[Array, " d"]:
+    along = lambda x: jax.jvp(slope_of, (x,), (u,))[1]
+    return jax.jvp(along, (point,), (v,))[1]
+
+
+@eqx.filter_custom_jvp
+def _first_bends(
+    slope_of: Slope,
+    point: Float[Array, " d"],
+    u: Float[Array, "k d"],
+    active: Int[Array, ""],
+) -> Float[Array, "pairs d"]:
+    """The bends of all pairs of the first `active` directions, then zeros."""
+    first, second = jnp.asarray(_pairs(len(u))).T
+
+    def bend(n, bends):
+        return bends.at[n].set(_bend(slope_of, point, u[first[n]], u[second[n]]))
+
+    found = jnp.zeros((len(first), point.size), point.dtype)
+    return jax.lax.fori_loop(0, active * (active + 1) // 2, bend, found)
+
+
+@_first_bends.def_jvp
+def _first_bends_jvp(primals: tuple, tangents: tuple) -> tuple:
+    """Of a loop of fixed length, of which only branches are skipped."""
+    *parts, active = primals
+    given = jax.tree.map(
+        lambda t: t is not None, tangents[:3], is_leaf=lambda t: t is None
+    )
+    moving, fixed = eqx.partition(tuple(parts), given)
+    first, second = jnp.asarray(_pairs(len(parts[2]))).T
+
+    def all_bends(moving):
+        slope_of, point, u = eqx.combine(moving, fixed)
+
+        def bend(n):
+            there = lambda: _bend(slope_of, point, u[first[n]], u[second[n]])
+            return jax.lax.cond(second[n] < active, there, lambda: 0 * point)
+
+        return jax.lax.map(bend, jnp.arange(len(first)))
+
+    return jax.jvp(all_bends, (moving,), (tangents[:3],))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +15,30 @@ from rodjax.optimizer import Dynamics, State, Window, midpoint
 Floor = float | Callable[[Any], Any] | None
 
 
+@runtime_checkable
 class InitFn(Protocol):
     """`init(start, *, lr, key) -> y`."""
 
     def __call__(self, start: PyTree | Window, /, *, lr: PyTree, key: Array) -> Any: ...
 
 
+@runtime_checkable
 class VectorField(Protocol):
     """`vector_field(t, y, lr) -> dy/dt`, as diffrax calls it."""
 
     def __call__(self, t: Any, y: Any, lr: PyTree, /) -> Any: ...
 
 
+@runtime_checkable
 class ObserveFn(Protocol):
     """`observe(y, *, lr) -> (ends, report)`."""
 
     def __call__(self, y: Any, /, *, lr: PyTree) -> tuple[PyTree, dict[str, Array]]: ...
 
 
-# Filled in when the flow is made.
-_DEFAULT = cast(Any, None)
+def _default(*_: Any, **__: Any) -> Any:
+    """Stands for what is filled in when the flow is made."""
+    raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +85,17 @@ class Flow:
 
     dynamics: Dynamics
     vector_field: VectorField
-    init: InitFn = _DEFAULT
-    centre: Callable[[Any], State] = _DEFAULT
-    observe: ObserveFn = _DEFAULT
-    reports: Mapping[str, str] = field(default_factory=dict)
+    init: InitFn = _default
+    centre: Callable[[Any], State] = _default
+    observe: ObserveFn = _default
+    reports: Mapping[str, str] = field(default_factory=dict, hash=False)
     evaluations: int = 1
     products: float = 0
     offset: float = 0.0
 
     def __post_init__(self) -> None:
-        dynamics, centre = self.dynamics, self.centre or _mean
+        dynamics = self.dynamics
+        centre = _mean if self.centre is _default else self.centre
 
         def init(start: PyTree | Window, *, lr: PyTree, key: Array) -> State:
             return centre_of(dynamics, start, lr=lr)
@@ -100,7 +105,7 @@ class Flow:
 
         defaults = {"init": init, "centre": centre, "observe": observe}
         for name, default in defaults.items():
-            if getattr(self, name) is None:
+            if getattr(self, name) is _default:
                 object.__setattr__(self, name, default)
 
 

@@ -8,11 +8,11 @@ from.
 
 from rodjax.linalg._complementarity import Complementary, complementarity
 from rodjax.linalg._eigen import Eigenpair, Eigenpairs, top_eigenpair, top_eigenpairs
+from rodjax.linalg._elimination import root
 from rodjax.linalg._lowrank import (
     cubature,
     flatten,
     orthonormal,
-    root,
     tangent,
     unflatten,
 )

@@ -1,12 +1,15 @@
-"""Semidefinite complementarity problems of a few dimensions, solved inside a jit."""
+"""Semidefinite complementarity problems of a few dimensions, inverted inside a jit."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from rodjax.linalg._elimination import inverse, is_positive
 
 # Interior-point iterations at most; 10 are usual, 25 a very ill-conditioned problem.
 ITERATIONS = 40
@@ -20,6 +23,8 @@ STEPS = np.array(
 SHORT, CENTERING = 0.1, 0.3
 # What the last step, which centers only, leaves of the gap <X, S>.
 RECENTERING = 0.5
+# Each squares the errors of an approximate projector.
+PURIFICATIONS = 3
 
 
 class Complementary(NamedTuple):
@@ -63,39 +68,12 @@ def _matmul(m: Array, n: Array) -> Array:
     return jnp.sum(m[:, :, None] * n[None], axis=1)
 
 
-def _inverse(m: Array) -> Array:
-    """Gauss-Jordan; needs no pivots, m being definite. Unrolled it would be slower."""
-    index = jnp.arange(len(m))
-
-    def eliminate(c, m):
-        here = index == c
-        row = jnp.where(here, 1, m[c]) / m[c, c]
-        rest = jnp.where(here[None], 0, m) - m[:, c][:, None] * row[None]
-        return jnp.where(here[:, None], row[None], rest)
-
-    return jax.lax.fori_loop(0, len(m), eliminate, m)
-
-
-def _positive(m: Array) -> Array:
-    """Whether matrices [..., k, k] are positive definite: whether all pivots are."""
-    k = m.shape[-1]
-    entry = {(i, j): m[..., i, j] for i in range(k) for j in range(i + 1)}
-    positive = entry[0, 0] > 0
-    for c in range(k - 1):
-        for i in range(c + 1, k):
-            factor = entry[i, c] / entry[c, c]
-            for j in range(c + 1, i + 1):
-                entry[i, j] = entry[i, j] - factor * entry[j, c]
-        positive = positive & (entry[c + 1, c + 1] > 0)
-    return positive
-
-
 def _step_length(x: Array, dx: Array, s: Array, ds: Array, share: ArrayLike) -> Array:
     """Longest of STEPS within this share of the way out of the cone; 0 if none is."""
     steps = jnp.asarray(STEPS, x.dtype)
     reach = (steps / share)[:, None, None]
-    inside = _positive(x[None] + reach * dx[None])
-    inside = inside & _positive(s[None] + reach * ds[None])
+    inside = is_positive(x[None] + reach * dx[None])
+    inside = inside & is_positive(s[None] + reach * ds[None])
     return jnp.max(jnp.where(inside, steps, 0))
 
 
@@ -120,11 +98,11 @@ def _newton_solver(b: Array, s: Array, z: Array) -> Callable[[Array], Array]:
     product = s[i, m] * z[j, n] + s[i, n] * z[j, m]
     product = product + s[j, m] * z[i, n] + s[j, n] * z[i, m]
     operator = (b[i, j, m, n] + product / 4) * weight[:, None] * weight[None]
-    inverse = _inverse(operator)
+    inverted = inverse(operator)
 
     def solve(right):
         right = right[rows, columns] * weight
-        return jnp.sum(inverse * right[None], axis=1)[place]
+        return jnp.sum(inverted * right[None], axis=1)[place]
 
     return solve
 
@@ -132,7 +110,7 @@ def _newton_solver(b: Array, s: Array, z: Array) -> Callable[[Array], Array]:
 def _iterate(state: _Iterate, a: Array, b: Array, tol: ArrayLike) -> _Iterate:
     """One predictor and corrector step; the last one, below `tol`, recentres."""
     x, s, slack = state.x, state.s, state.slack
-    z = _inverse(x)
+    z = inverse(x)
     z = (z + z.T) / 2
     solve = _newton_solver(b, s, z)
 
@@ -182,9 +160,13 @@ def complementarity(
 
     By a primal-dual interior-point method: the direction of Helmberg, Rendl, Vanderbei
     and Wolkowicz (1996), Mehrotra's predictor and corrector. It is made for k up to 4,
-    and correct for more: no library calls, so that XLA fuses it. Jits and vmaps; no
-    reverse-mode derivative, as there is a `while_loop` in it. The problem is scaled
-    first, so units do not matter.
+    and correct for more: no library calls, so that XLA fuses it. Jits and vmaps. The
+    problem is scaled first, so units do not matter.
+
+    X and the slack have derivatives of both modes in A and B, by one linear solve, that
+    are right where the solution is strictly complementary: where X + S is definite, so
+    that no eigenvalue is just entering or leaving. `residual` and `iterations` have
+    none.
 
     Where B is singular X need not be unique, and may not exist: then the result is
     finite, with a large residual. Rounding may keep an X far larger or smaller than
@@ -219,8 +201,7 @@ def complementarity(
     k = len(a)
     if b.shape != (k,) * 4:
         raise ValueError(f"b must have shape {(k,) * 4} as a has, not {b.shape}")
-    epsilon = float(jnp.finfo(dtype).eps)
-    target = epsilon**0.7 if tol is None else tol
+    target = float(jnp.finfo(dtype).eps) ** 0.7 if tol is None else tol
 
     # Scaled so that |A| is 1 and the eigenvalues of B are 1 on average.
     largest = jnp.max(jnp.abs(a))
@@ -228,22 +209,58 @@ def complementarity(
     a_scale = a_scale * jnp.maximum(_norm(a / a_scale), 1)
     trace = jnp.einsum("ijij->", b)
     b_scale = jnp.where(trace <= 0, 1, trace) / (k * (k + 1) // 2)
+    # The problem is homogeneous: the scales may be constants of any derivative.
+    a_scale, b_scale = jax.lax.stop_gradient((a_scale, b_scale))
     a, b = a / a_scale, b / b_scale
 
-    eye, none = jnp.eye(k, dtype=dtype), jnp.zeros((), jnp.int32)
-    if k == 1:
-        x = jnp.where(b[0, 0] > 0, jnp.maximum(-a, 0), 0)
-        end = _measured(a, b, x, jnp.maximum(a + x, 0), none)
-    else:
-        psd = _positive(a + 8 * k * epsilon * eye)
-        start = _measured(a, b, START * eye, START * eye, none)
-        end = jax.lax.while_loop(
-            lambda state: ~state.done & (state.iterations < ITERATIONS),
-            lambda state: _iterate(state, a, b, target),
-            start._replace(done=psd),
-        )
-        zero = _Iterate(0 * eye, a, a, jnp.zeros((), dtype), none, psd)
-        end = jax.tree.map(lambda z, e: jnp.where(psd, z, e), zero, end)
+    end = _solve(a, b, target)
     return Complementary(
         end.x * (a_scale / b_scale), end.slack * a_scale, end.residual, end.iterations
     )
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _solve(a: Array, b: Array, tol: float) -> _Iterate:
+    """The solution of a scaled problem."""
+    k, epsilon = len(a), float(jnp.finfo(a.dtype).eps)
+    eye, none = jnp.eye(k, dtype=a.dtype), jnp.zeros((), jnp.int32)
+    if k == 1:
+        x = jnp.where(b[0, 0] > 0, jnp.maximum(-a, 0), 0)
+        return _measured(a, b, x, jnp.maximum(a + x, 0), none)
+    psd = is_positive(a + 8 * k * epsilon * eye)
+    start = _measured(a, b, START * eye, START * eye, none)
+    end = jax.lax.while_loop(
+        lambda state: ~state.done & (state.iterations < ITERATIONS),
+        lambda state: _iterate(state, a, b, tol),
+        start._replace(done=psd),
+    )
+    zero = _Iterate(0 * eye, a, a, jnp.zeros((), a.dtype), none, psd)
+    return jax.tree.map(lambda z, e: jnp.where(psd, z, e), zero, end)
+
+
+@_solve.defjvp
+def _solve_jvp(tol: float, primals: tuple, tangents: tuple) -> tuple:
+    """By one solve with the operator of Newton's method, as it is at the solution.
+
+    From X S = 0, on eigenvectors of x, s > 0: dS = 0 among those of X, dX = 0 among
+    those of S, and s dX + x dS = 0 between them, where dS = dA + dB[X] + B[dX].
+    """
+    (a, b), (da, db) = primals, tangents
+    end = _solve(a, b, tol)
+    nothing = jnp.all(end.x == 0)
+    both = inverse(end.s + jnp.where(nothing, jnp.eye(len(a), dtype=a.dtype), end.x))
+    # The projector onto the range of S, which is S / (X + S) but for the last gap.
+    p = _matmul(end.s, both)
+    for _ in range(PURIFICATIONS):
+        p = (p + p.T) / 2
+        p = 3 * _matmul(p, p) - 2 * _matmul(p, _matmul(p, p))
+    s = 2 * _matmul(p, _matmul(end.s, p))
+    # The root balances what rounding leaves of X in S against what is left of dX in S.
+    z = both + p / float(jnp.finfo(a.dtype).eps) ** 0.5
+    push = da + _apply(db, end.x)
+    push = (push + push.T) / 2
+    dx = jnp.where(nothing, 0, _newton_solver(b, s, z)(-push))
+    moved = push + _apply(b, dx)
+    flat = lambda x: np.zeros(x.shape, jax.dtypes.float0)
+    residual, steps = jnp.zeros_like(end.residual), flat(end.iterations)
+    return end, _Iterate(dx, moved, moved, residual, steps, flat(end.done))

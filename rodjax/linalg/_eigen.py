@@ -1,25 +1,21 @@
-"""The largest eigenvalues of symmetric operators on pytrees, by their products alone.
-
-Restarted block Lanczos. `jax.experimental.sparse.linalg.lobpcg_standard` spends four
-times the products, never stops on negative eigenvalues and returns NaN for zero ones.
-"""
+"""The largest eigenvalues of symmetric operators on pytrees, and their derivatives."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-# Up to this many parameters the matrix is formed and diagonalized directly.
-DENSE = 32
-# Block products of one Lanczos sweep of one vector and of several, sweeps at most.
-KRYLOV = 12
-BLOCK_KRYLOV = 6
-SWEEPS = 30
-# Ritz vectors kept beyond twice those wanted: with fewer the last converge slowly.
-BUFFER = 3
+from rodjax.linalg._lanczos import Operator, Pairs, dot, lanczos, split
+
+# Two eigenvalues, relative to the largest, that are one as far as rounding tells; and
+# what is left of a vector's derivative: both the dtype's epsilon to this power.
+EQUAL = 0.75
+# Products spent on the derivative of a vector at most.
+PRODUCTS = 500
 
 
 class Eigenpair(NamedTuple):
@@ -53,16 +49,6 @@ class Eigenpairs(NamedTuple):
     vectors: PyTree
     residuals: Float[Array, " k"]
     iterations: Int[Array, ""]
-
-
-class _Krylov(NamedTuple):
-    """Between two sweeps: A kept_i = ritz_i kept_i + a combination of `block`."""
-
-    kept: Float[Array, "p n"]
-    ritz: Float[Array, " p"]
-    block: Float[Array, "k n"]
-    unfinished: Array
-    sweeps: Int[Array, ""]
 
 
 def top_eigenpair(
@@ -102,6 +88,13 @@ def top_eigenpairs(
     A block of k finds eigenvalues of any multiplicity. Small operators are diagonalized
     directly. Finite for any finite operator and guess, in float32 too; vmaps and jits.
 
+    Values and vectors have derivatives of both modes in what `matvec` closes over, by
+    perturbation theory; vectors by conjugate gradients across the eigenvectors that
+    were not asked for. Within a multiple eigenvalue they are taken not to turn, so that
+    only what does not depend on the choice of its basis has the right derivative; and a
+    k that cuts through one leaves them none. Residuals, iterations and the guess have
+    no derivatives.
+
     **Arguments**
 
     - `matvec`: pytree -> pytree, linear and symmetric; called under `jax.vmap`.
@@ -127,107 +120,88 @@ def top_eigenpairs(
     k = _leading_axis(guess)
     unravel = ravel_pytree(jax.tree.map(lambda x: x[0], guess))[1]
     start = jax.vmap(lambda tree: ravel_pytree(tree)[0])(guess)
-    n, dtype = start.shape[1], start.dtype
+    n = start.shape[1]
     if k > n:
         raise ValueError(f"guess has k = {k} vectors of only {n} parameters")
-
-    @jax.vmap
-    def apply(x):
-        return ravel_pytree(matvec(unravel(x)))[0]
-
-    steps = KRYLOV if k == 1 else BLOCK_KRYLOV
-    p = 2 * k + BUFFER
-    m = p + steps * k
-    if n <= max(DENSE, 2 * m):
-        matrix = apply(jnp.eye(n, dtype=dtype))
-        rows = jnp.linalg.eigh(matrix)[1][:, ::-1][:, :k].T
-        return _measured(rows, _dot(rows, matrix), jnp.zeros((), jnp.int32), unravel)
-
-    eps = float(jnp.finfo(dtype).eps)
-    accuracy = eps**0.5 if tol is None else tol
-    noise = jax.random.normal(jax.random.key(0), (k, n), dtype) / n**0.5
-
-    def expand(carry, step):
-        basis, sweeps = carry
-        images = apply(jax.lax.dynamic_slice_in_dim(basis, p + step * k, k))
-        inside, rest = _split(images, basis)
-        # Where a Krylov space ends it goes on at random: noise at the rounding level.
-        size = jnp.max(jnp.linalg.norm(images, axis=1))
-        level = jnp.where(size > 0, 8 * eps * size, 1)
-        rest += level * jnp.roll(noise, sweeps * steps + step + 1, axis=1)
-        rest, outer = _orthonormal(rest)
-        rest, inner = _orthonormal(_split(rest, basis)[1])
-        basis = jax.lax.dynamic_update_slice_in_dim(basis, rest, p + (step + 1) * k, 0)
-        return (basis, sweeps), (inside, jnp.where(size > 0, _dot(outer, inner), 0))
-
-    def sweep(now):
-        basis = jnp.zeros((m + k, n), dtype).at[:p].set(now.kept)
-        basis = basis.at[p : p + k].set(now.block)
-        (basis, _), (inside, outside) = jax.lax.scan(
-            expand, (basis, now.sweeps), jnp.arange(steps)
-        )
-        # The part of the projected operator on and above the diagonal.
-        inside = jnp.moveaxis(inside, 0, 1).reshape(m + k, -1)
-        upper = jnp.zeros((m, m), dtype).at[:, p:].set(inside[:m])
-        norm = jnp.linalg.norm(upper)
-        # Rows that the first sweep leaves empty are to sort below any Ritz value.
-        low = jnp.where(norm > 0, -2 * norm, -1)
-        upper = upper.at[jnp.arange(p), jnp.arange(p)].set(
-            jnp.where(now.sweeps > 0, now.ritz, low)
-        )
-        ritz, turn = jnp.linalg.eigh(jnp.triu(upper) + jnp.triu(upper, 1).T)
-        ritz, turn = ritz[::-1][:p], turn.T[::-1][:p]
-        leak = jnp.linalg.norm(_dot(turn[:k, -k:], outside[-1]), axis=1)
-        goal = jnp.maximum(accuracy * jnp.max(jnp.abs(ritz[:k])), 8 * eps * norm)
-        return _Krylov(
-            _dot(turn, basis[:m]), ritz, basis[m:], jnp.any(leak > goal), now.sweeps + 1
-        )
-
-    length = jnp.linalg.norm(start, axis=1, keepdims=True)
-    # Noise keeps an exact eigenvector from hiding those above it.
-    block = start / jnp.where(length > 0, length, 1) + accuracy * noise
-    last = jax.lax.while_loop(
-        lambda now: now.unfinished & (now.sweeps < SWEEPS),
-        sweep,
-        _Krylov(
-            jnp.zeros((p, n), dtype),
-            jnp.zeros(p, dtype),
-            _orthonormal(block)[0],
-            jnp.asarray(True),
-            jnp.zeros((), jnp.int32),
-        ),
+    accuracy = float(jnp.finfo(start.dtype).eps) ** 0.5 if tol is None else tol
+    # What the operator closes over becomes an argument, to be differentiated in.
+    operator = eqx.filter_closure_convert(
+        lambda x: ravel_pytree(matvec(unravel(x)))[0], start[0]
     )
-    rows = _orthonormal(last.kept[:k])[0]
-    return _measured(rows, apply(rows), last.sweeps, unravel)
+    found = _solve(operator, start, accuracy)
+    vectors = jax.vmap(unravel)(found.rows)
+    return Eigenpairs(found.values, vectors, found.residuals, found.sweeps)
 
 
-def _measured(rows, images, sweeps, unravel) -> Eigenpairs:
-    """Ritz pairs of the orthonormal `rows` [k, n] with the residuals that they have."""
-    projected = _dot(rows, images.T)
-    values, turn = jnp.linalg.eigh(projected)
-    values, turn = values[::-1], turn.T[::-1]
-    rows, images = _dot(turn, rows), _dot(turn, images)
-    lengths = jnp.linalg.norm(images - values[:, None] * rows, axis=1)
-    scale = jnp.maximum(jnp.max(jnp.abs(values)), jnp.finfo(rows.dtype).tiny)
-    return Eigenpairs(values, jax.vmap(unravel)(rows), lengths / scale, sweeps)
+_solve = eqx.filter_custom_jvp(lanczos)
 
 
-def _orthonormal(rows):
-    """(q, t) with rows = t q and q orthonormal, whatever the rank of the rows."""
-    q, r = jnp.linalg.qr(rows.T)
-    return q.T, r.T
+@_solve.def_jvp
+def _solve_jvp(primals: tuple, tangents: tuple) -> tuple:
+    """dl_i = v_i . dA v_i; v_i moves into v_j by v_j . dA v_i / (l_i - l_j)."""
+    operator, start, accuracy = primals
+    pairs = _solve(operator, start, accuracy)
+    change, *_ = tangents
+    given = jax.tree.map(lambda t: t is not None, change, is_leaf=lambda t: t is None)
+    moving, fixed = eqx.partition(operator, given)
+    values, rows = pairs.values, pairs.rows
+    images = lambda moving: jax.vmap(eqx.combine(moving, fixed))(rows)
+    _, images = jax.jvp(images, (moving,), (change,))
+
+    inside, outside = split(images, rows)
+    level = float(jnp.finfo(rows.dtype).eps) ** EQUAL
+    size = jnp.max(jnp.abs(values))
+    size = jnp.where(size > 0, size, 1)
+    gaps = values[:, None] - values[None]
+    apart = jnp.abs(gaps) > level * size
+    turns = jnp.where(apart, inside.T / jnp.where(apart, gaps, 1), 0)
+    d_rows = dot(turns, rows)
+    if len(rows) < rows.shape[1]:
+        d_rows += jax.vmap(
+            lambda value, right: _across(operator, rows, value, right, size, level)
+        )(values, outside)
+    return pairs, Pairs(jnp.diag(inside), d_rows, None, None)
 
 
-def _split(rows, basis):
-    """Coefficients [m, k] of `rows` [k, n] in an orthonormal basis [m, n], the rest."""
-    # Unless kept apart they are computed as rows @ basis.T, slower by 10 on CPUs.
-    inside = jax.lax.optimization_barrier(_dot(basis, rows.T))
-    return inside, rows - _dot(inside.T, basis)
+def _across(
+    operator: Operator,
+    rows: Float[Array, "k n"],
+    value: Float[Array, ""],
+    right: Float[Array, " n"],
+    size: Float[Array, ""],
+    level: float,
+) -> Float[Array, " n"]:
+    """x with (value - A) x = `right` on the complement of the eigenvectors `rows`."""
+    across = lambda x: x - dot(dot(rows, x), rows)
+
+    def shifted(x):
+        y = across(x)
+        # Definite along the rows too, and where `value` is an eigenvalue of others.
+        return across((value + level * size) * y - operator(y)) + size * (x - y)
+
+    solve = lambda matvec, right: _conjugate_gradients(matvec, right, level)
+    # `jax.scipy.sparse.linalg.cg` is not transposed under a vmap.
+    return jax.lax.custom_linear_solve(shifted, right, solve, solve, symmetric=True)
 
 
-def _dot(a, b):
-    # An accelerator's default precision would not keep a basis orthonormal.
-    return jnp.matmul(a, b, precision="highest")
+def _conjugate_gradients(
+    matvec: Operator, right: Float[Array, " n"], level: float
+) -> Float[Array, " n"]:
+    """x with matvec(x) = `right`, up to `level` of it, for a definite operator."""
+
+    def step(carry):
+        x, rest, along, square, count = carry
+        image = matvec(along)
+        length = square / jnp.sum(along * image)
+        rest = rest - length * image
+        new = jnp.sum(rest * rest)
+        return x + length * along, rest, rest + new / square * along, new, count + 1
+
+    square = jnp.sum(right * right)
+    goal = level**2 * square
+    start = jnp.zeros_like(right), right, right, square, 0
+    unfinished = lambda carry: (carry[3] > goal) & (carry[4] < PRODUCTS)
+    return jax.lax.while_loop(unfinished, step, start)[0]
 
 
 def _leading_axis(guess: PyTree) -> int:

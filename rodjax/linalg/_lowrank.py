@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+from rodjax.linalg._elimination import inverse
+
 # Least ridge on the rows' Gram matrix: more of it and a spare row cannot grow.
 RIDGE = 1e-8
 
@@ -46,10 +48,10 @@ def tangent(
     unit = rows / length
     ridge = max(RIDGE, 8.0 * float(jnp.finfo(rows.dtype).eps))
     gram = unit @ unit.T + ridge * jnp.eye(len(rows), dtype=rows.dtype)
-    inverse = _inverse(gram)
+    inverted = inverse(gram)
     # C^-1 U V^T V, still scaled.
-    push = inverse @ ((unit @ steps.T) @ steps) / length
-    inside = (inverse @ (unit @ push.T)).T @ unit
+    push = inverted @ ((unit @ steps.T) @ steps) / length
+    inside = (inverted @ (unit @ push.T)).T @ unit
     return push - 0.5 * inside - rows
 
 
@@ -68,33 +70,3 @@ def orthonormal(
         size = jnp.maximum(rest @ (weight * rest), jnp.finfo(rows.dtype).tiny)
         done.append(rest * jax.lax.rsqrt(size))
     return jnp.stack(done)
-
-
-def root(matrix: Float[Array, "k k"]) -> Float[Array, "k k"]:
-    """A lower-triangular C with C C^T = `matrix`, positive semidefinite, unrolled."""
-    floor = jnp.finfo(matrix.dtype).eps * jnp.maximum(jnp.trace(matrix), 0.0)
-    floor = jnp.maximum(floor, jnp.finfo(matrix.dtype).tiny)
-    columns = []
-    for i in range(len(matrix)):
-        pivot = matrix[i, i]
-        # What rounding leaves of an exhausted direction is no direction.
-        column = jnp.where(
-            pivot > floor, matrix[:, i] * jax.lax.rsqrt(jnp.maximum(pivot, floor)), 0.0
-        )
-        columns.append(column)
-        matrix = matrix - jnp.outer(column, column)
-    return jnp.stack(columns, 1)
-
-
-def _inverse(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
-    """Of a small positive definite matrix, by elimination, unrolled.
-
-    A LAPACK call for every stage of every step made the whole flow 15 times slower on
-    busy CPU cores.
-    """
-    size = len(gram)
-    both = jnp.concatenate([gram, jnp.eye(size, dtype=gram.dtype)], axis=1)
-    for i in range(size):
-        row = both[i] / both[i, i]
-        both = (both - jnp.outer(both[:, i], row)).at[i].set(row)
-    return both[:, size:]

@@ -34,6 +34,7 @@ from rodjax.optimizer._window import (
     alternating,
     half_step_midpoint,
     midpoint,
+    opening,
     slide,
     warm_up,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "linearize",
     "merge",
     "midpoint",
+    "opening",
     "slide",
     "split_like",
     "threshold",

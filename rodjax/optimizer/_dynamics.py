@@ -34,6 +34,18 @@ class State(NamedTuple):
     - `phase`: what may flip sign every step: parameters and first moments.
     - `slow`: second moments, which do not flip since gradients enter squared.
     - `clock`: step counters, carried as floats so that a flow can advance them.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> adam = rj.dynamics(optax.adam(0.1), lambda w: jnp.sum(w**2))
+    >>> state = adam.init(jnp.array([1.0, -2.0]))
+    >>> params, (moments, _) = rj.optimizer.merge(adam.update(state))
+    >>> bool(jnp.allclose(params, jnp.array([0.9, -1.9]))), float(moments.count)
+    (True, 1.0)
+    >>> state.phase[1][0].nu is None  # for it is a part of state.slow
+    True
+
+    ```
     """
 
     phase: PyTree

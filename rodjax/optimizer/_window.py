@@ -20,6 +20,17 @@ class Window(NamedTuple):
 
     - `states`: a `State` whose leaves have a leading axis of 7.
     - `step`: the step of the middle state, where the second-order midpoint sits.
+
+    `at(ahead)` is the state at step `step + ahead`.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(1.5), lambda w: 0.5 * w**2)  # w -> -w / 2
+    >>> window = rj.warm_up(sgd, jnp.array(8.0), steps=4)
+    >>> float(window.step), float(window.at(0).params), float(window.at(-3).params)
+    (4.0, 0.5, -4.0)
+
+    ```
     """
 
     states: State
@@ -141,12 +152,15 @@ def warm_up(
     params = start.at(0).params if isinstance(start, Window) else start
     lr = dynamics.cast(params, lr=lr)
     if not isinstance(start, Window):
-        start = _first(dynamics, jax.tree.map(jnp.asarray, start), lr)
+        start = _opening(dynamics, jax.tree.map(jnp.asarray, start), lr)
     return _go_on(dynamics, start, steps, lr) if steps else start
 
 
-@compiled
-def _first(dynamics: Dynamics, params: PyTree, lr: PyTree) -> Window:
+def opening(dynamics: Dynamics, params: PyTree, *, lr: PyTree) -> Window:
+    """The window at step 0, for a program that compiles it with its own; see `warm_up`.
+
+    Compiled alone it would be kept, with the data that its loss holds, for good.
+    """
     zero = dynamics.init(params, lr=lr)
     one = dynamics.update(zero, lr=lr)
     step = optax.tree.sub(one, zero)
@@ -156,6 +170,11 @@ def _first(dynamics: Dynamics, params: PyTree, lr: PyTree) -> Window:
         after.append(dynamics.update(after[-1], lr=lr))
     states = jax.tree.map(lambda *x: jnp.stack(x), *before, zero, *after)
     return Window(states, jnp.zeros((), jnp.result_type(float)))
+
+
+@compiled
+def _opening(dynamics: Dynamics, params: PyTree, lr: PyTree) -> Window:
+    return opening(dynamics, params, lr=lr)
 
 
 @compiled

@@ -1,9 +1,8 @@
 """What a training problem is: a name, a loss and the parameters to start from."""
 
-import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,16 +81,3 @@ def float_dtype(dtype: DTypeLike | None = None) -> jnp.dtype:
             f"dtype={dtype} needs double precision: switch on jax_enable_x64."
         )
     return jnp.dtype(dtype)
-
-
-def is_count(value: object) -> TypeGuard[int]:
-    """Whether this is a whole number."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def check_counts(**sizes: Iterable[object]) -> None:
-    """Raise `ValueError` for sizes that are not positive whole numbers."""
-    for name, values in sizes.items():
-        for value in values:
-            if not (is_count(value) and value > 0):
-                raise ValueError(f"{name}={value} must be a positive whole number.")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from rodjax.problems._base import is_count
+from rodjax.problems._checks import is_count
 
 
 def chunked_mean(

@@ -17,7 +17,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int, UInt8
 
-from rodjax.problems._base import Data, float_dtype, is_count
+from rodjax.problems._base import Data, float_dtype
+from rodjax.problems._checks import is_count
 
 HOME = "https://www.cs.toronto.edu/~kriz/cifar.html"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer")
@@ -200,7 +201,7 @@ def _select(
     return np.concatenate([p for p, _ in parts]), np.concatenate([c for _, c in parts])
 
 
-def _columns(classes: Sequence[str | int]) -> Int[np.ndarray, "10"]:
+def _columns(classes: Sequence[str | int | np.integer]) -> Int[np.ndarray, "10"]:
     """The column of the targets of each class; -1 for those left out."""
     if isinstance(classes, str) or not isinstance(classes, Sequence):
         raise TypeError(f"classes={classes!r} must be a sequence, such as ['cat'].")
@@ -234,7 +235,7 @@ def cifar10(
     path: str | os.PathLike[str],
     n: int | None = None,
     *,
-    classes: Sequence[str | int] = CLASSES,
+    classes: Sequence[str | int | np.integer] = CLASSES,
     skip: int = 0,
     split: Literal["train", "test"] = "train",
     dtype: DTypeLike | None = None,

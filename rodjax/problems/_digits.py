@@ -1,10 +1,11 @@
-"""Handwritten digits, and a small MLP to fit them at the edge of stability."""
+"""Handwritten digits, which come with scikit-learn."""
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from rodjax.problems._base import Data, check_counts, float_dtype, is_count
+from rodjax.problems._base import Data, float_dtype
+from rodjax.problems._checks import check_counts, is_count
 
 SAMPLES = 1797
 SIDE = 8

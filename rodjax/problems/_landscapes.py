@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rodjax.problems._base import Problem, float_dtype
-from rodjax.problems._toys import check_finite, check_pair, check_positive
+from rodjax.problems._checks import check_finite, check_pair, check_positive
 
 
 def banana(

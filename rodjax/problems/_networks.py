@@ -11,7 +11,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from rodjax.problems._base import Data, Problem, check_counts
+from rodjax.problems._base import Data, Problem
+from rodjax.problems._checks import check_counts
 from rodjax.problems._digits import digits
 from rodjax.problems._supervised import Loss, image_shape, supervised
 from rodjax.problems._transformer import initializer

@@ -6,7 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from rodjax.problems._base import Data, Problem, check_counts, float_dtype
+from rodjax.problems._base import Data, Problem, float_dtype
+from rodjax.problems._checks import check_counts
 from rodjax.problems._supervised import Loss, supervised
 from rodjax.problems._transformer import Transformer, check_sizes, initializer
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from rodjax.problems._base import Data, check_counts, float_dtype
+from rodjax.problems._base import Data, float_dtype
+from rodjax.problems._checks import check_counts
 
 
 def clusters(

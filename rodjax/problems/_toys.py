@@ -6,38 +6,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float
 
 from rodjax.problems._base import Problem, float_dtype
-
-
-def check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}={value} must be positive and finite.")
-
-
-def check_finite(name: str, values: Sequence[float]) -> None:
-    if not all(math.isfinite(v) for v in values):
-        raise ValueError(f"{name}={tuple(values)} must be finite.")
-
-
-def check_pair(name: str, values: Sequence[float]) -> None:
-    if len(values) != 2:
-        raise ValueError(f"{name} has {len(values)} numbers: give it two.")
-    check_finite(name, values)
-
-
-def _vector(
-    name: str, values: Sequence[float] | ArrayLike, dtype: jnp.dtype
-) -> Float[Array, " d"]:
-    vector = jnp.asarray(values, dtype)
-    if vector.ndim != 1 or vector.size == 0:
-        raise ValueError(
-            f"{name} has shape {vector.shape}: give a non-empty list of numbers."
-        )
-    if not bool(jnp.isfinite(vector).all()):
-        raise ValueError(f"{name} has entries that are not finite: remove them.")
-    return vector
+from rodjax.problems._checks import (
+    check_finite,
+    check_pair,
+    check_positive,
+    vector,
+)
 
 
 def quadratic(
@@ -74,7 +50,7 @@ def quadratic(
         [[3.0, 0.0], [0.0, 1.0]]
     """
     dtype = float_dtype(dtype)
-    eigenvalues = _vector("spectrum", spectrum, dtype)
+    eigenvalues = vector("spectrum", spectrum, dtype)
     check_finite("scale", [scale])
     key = jax.random.key(seed or 0)
     hessian = jnp.diag(eigenvalues)
@@ -238,7 +214,7 @@ def factorization(
     if len(dims) != 3 or not all(isinstance(d, int) and d > 0 for d in dims):
         raise ValueError(f"dims={dims} must be three positive sizes (d_in, h, d_out).")
     d_in, h, d_out = dims
-    values = _vector("singular_values", singular_values, dtype)
+    values = vector("singular_values", singular_values, dtype)
     if values.size > min(d_in, d_out) or bool((values < 0).any()):
         raise ValueError(
             f"singular_values={values.tolist()} must be non-negative and at most"

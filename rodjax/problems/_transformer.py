@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rodjax.problems._base import check_counts
+from rodjax.problems._checks import check_counts
 
 EXPANSION = 2
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rodjax.problems._base import Data, Problem, check_counts
+from rodjax.problems._base import Data, Problem
+from rodjax.problems._checks import check_counts
 from rodjax.problems._supervised import Loss, image_shape, supervised
 from rodjax.problems._transformer import Transformer, check_sizes, initializer
 

@@ -31,8 +31,8 @@ def dataset(
     for a flow that lacks it, and `distance` (zero for the run). `settings` become
     attributes.
 
-    **Raises** `ValueError` where `compare` does, `ImportError` without xarray
-    (`pip install "rodjax[sweep]"`).
+    **Raises** `ValueError` where `compare` does, and where the trajectories have
+    several lanes; `ImportError` without xarray (`pip install "rodjax[sweep]"`).
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
@@ -44,7 +44,15 @@ def dataset(
 
     ```
     """
-    import xarray
+    try:
+        import xarray
+    except ImportError as error:
+        raise ImportError("dataset needs xarray: pip install 'rodjax[sweep]'") from error
+    if np.ndim(run.steps) != 1:
+        raise ValueError(
+            f"run has several lanes, steps of shape {np.shape(run.steps)}: give one of "
+            "them, jax.tree.map(lambda x: x[0], run), or use rodjax.sweep for a grid"
+        )
 
     comparisons = {name: compare(run, flow) for name, flow in flows.items()}
     metrics: list[Mapping[str, Any]] = [

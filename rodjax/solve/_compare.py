@@ -32,31 +32,41 @@ class Comparison(NamedTuple):
     evaluations: Float[Array, "*batch"]
     diverged_at: Float[Array, "*batch"]
 
-    def summary(self) -> dict[str, float]:
-        """The comparison in a few floats; finite entries only, of one lane.
+    def summary(self) -> dict[str, Any]:
+        """The comparison in a few floats, of finite entries only; see `SUMMARIES`.
 
         `final_*` is the last entry before a divergence, `mean_distance` the mean over
         all, `median_sharpness_ratio` the median over the last third (NaN without the
-        metric `edge_of_stability`).
+        metric `edge_of_stability`). Of several lanes each is an array of their shape.
         """
         nothing = jnp.full_like(self.distance, jnp.nan)
         values = self.flow | {"distance": self.distance}
         return {
-            name: found.reduce(values.get(found.source, nothing))
+            name: _each_lane(found.reduce, values.get(found.source, nothing))
             for name, found in SUMMARIES.items()
         } | {
-            "update_evaluations": float(self.evaluations),
-            "diverged_at": float(self.diverged_at),
+            "update_evaluations": _each_lane(float, self.evaluations, depth=0),
+            "diverged_at": _each_lane(float, self.diverged_at, depth=0),
         }
 
     def __str__(self) -> str:
-        rows = self.summary() | {
-            "final_mean_loss": last_finite(self.flow["mean_loss"]),
-            "final_mean_loss (run)": last_finite(self.run["mean_loss"]),
-            "final_amplitude": last_finite(self.flow["amplitude"]),
-            "final_amplitude (run)": last_finite(self.run["amplitude"]),
-        }
-        return "\n".join(f"{name:24} {value:.6g}" for name, value in rows.items())
+        """The summary, and the run's own last values; of several lanes the medians."""
+        rows = self.summary()
+        for name in ("mean_loss", "amplitude"):
+            rows[f"final_{name}"] = _each_lane(last_finite, self.flow[name])
+            rows[f"final_{name} (run)"] = _each_lane(last_finite, self.run[name])
+        shape = np.shape(self.evaluations)
+        if not shape:
+            return "\n".join(f"{name:24} {value:.6g}" for name, value in rows.items())
+        diverged = np.isfinite(rows.pop("diverged_at"))
+        medians = {name: _of_finite(np.median, value) for name, value in rows.items()}
+        return "\n".join(
+            [
+                f"lanes of shape {shape}, in {diverged.sum()} of which the flow "
+                "diverged; medians over them:",
+                *(f"{name:24} {value:.6g}" for name, value in medians.items()),
+            ]
+        )
 
 
 def compare(run: Trajectory, flow: Trajectory) -> Comparison:
@@ -188,6 +198,16 @@ COMPARED: Mapping[str, str] = MappingProxyType(
     }
     | {name: found.long_name for name, found in SUMMARIES.items()}
 )
+
+
+def _each_lane(reduce: Callable[[Any], float], values: Any, depth: int = 1) -> Any:
+    """A number of what the last `depth` axes hold, for each entry along the others."""
+    values = np.asarray(values)
+    lanes = values.shape[: values.ndim - depth]
+    if not lanes:
+        return reduce(values)
+    rows = values.reshape(-1, *values.shape[len(lanes) :])
+    return np.array([reduce(row) for row in rows]).reshape(lanes)
 
 
 def _of_finite(reduce: Any, values: Any) -> float:

@@ -44,8 +44,8 @@ def descend(
     - `metrics`: recorded beside the loss, such as `edge_of_stability(dynamics)`.
     - `keep`: what to keep of the parameters, any function of them (linear, if the saved
       values are to be averaged or compared); `lambda p: None` keeps nothing.
-    - `progress`: called on the host with the step and the loss, at most a hundred times
-      and at the last moment.
+    - `progress`: called on the host with the step and the loss, at most a hundred
+      times, the last moment among them.
 
     **Returns** a `Trajectory` over the second-order midpoints at `steps / every + 1`
     moments; the iterates are its `ends`. It is differentiable in `lr` and `start`,

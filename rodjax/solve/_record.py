@@ -106,7 +106,7 @@ def record(
     every: int,
 ) -> Trajectory:
     """Save the first moment and `moments` more, `every` steps apart."""
-    stride = -(-moments // CALLS)
+    stride = moments // CALLS + 1
 
     def moment(place: Place, index: Array) -> tuple[Place, Any]:
         # A branch, so that what is saved is compiled once only.
@@ -116,7 +116,7 @@ def record(
         if progress is not None:
             # A lane that has diverged is still told apart from others by its step.
             step = course.look(place.state).step
-            due = (index % stride == 0) | (index == moments)
+            due = (moments - index) % stride == 0
             tell = partial(jax.debug.callback, progress)
             jax.lax.cond(due, tell, lambda *_: None, step, values["loss"])
         return place, (keep(seen.centre.params), jax.vmap(keep)(seen.ends), values)

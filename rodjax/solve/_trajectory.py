@@ -81,6 +81,17 @@ class Reached(NamedTuple):
 
     - `time`: optimizer steps since the very first one, [].
     - `state`: the flow's own state.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(0.5), lambda w: 0.5 * jnp.sum(w**2))
+    >>> flow = rj.flows.modulated(sgd)
+    >>> half = rj.integrate(flow, jnp.ones(2), 4)
+    >>> rest = rj.integrate(flow, half.final, 4)
+    >>> float(half.final.time), rest.steps.tolist()
+    (4.0, [4.0, 5.0, 6.0, 7.0, 8.0])
+
+    ```
     """
 
     time: Float[Array, ""]

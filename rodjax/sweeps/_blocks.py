@@ -25,6 +25,8 @@ class Status(NamedTuple):
     - `done`, `total`: optimizer steps of all lanes, those before the start included.
     - `resumed`: of `done`, what an earlier call had done.
     - `seconds`: since this call began its first chunk.
+    - `program`: what computes each chunk: its lanes, its memory, how long it took to
+      compile.
     """
 
     lanes: int
@@ -33,6 +35,7 @@ class Status(NamedTuple):
     total: int
     resumed: int
     seconds: float
+    program: Program
 
 
 class Blocks:
@@ -118,6 +121,7 @@ class _Meter:
 
     def __init__(self, blocks: Blocks, progress: Callable[[Status], None] | None):
         self.progress, self.spec = progress, blocks.spec
+        self.program = blocks.program
         self.lanes, self.width = blocks.grid.lanes, blocks.program.lanes
         self.counts = blocks.counts
         self.lost: dict[int, int] = {}
@@ -148,6 +152,7 @@ class _Meter:
                 self.lanes * (before + self.spec.every * moments),
                 self.resumed,
                 time.monotonic() - self.began,
+                self.program,
             )
         )
 

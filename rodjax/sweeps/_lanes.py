@@ -1,16 +1,20 @@
 """The one compiled program of a sweep: a chunk of lanes over a chunk of time."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from rodjax.flows import Flow
-from rodjax.optimizer import Dynamics, warm_up
+from rodjax.optimizer import Dynamics, opening
 from rodjax.solve import (
+    COMPARED,
+    FLOW,
     RUN,
+    STEP,
     Course,
     Method,
     Metric,
@@ -26,6 +30,9 @@ from rodjax.solve import (
     solution,
 )
 from rodjax.sweeps._grid import SEED
+
+#: The parameters kept, in the result.
+KEPT = "params"
 
 Point = dict[str, Array]
 Places = dict[str, Place]
@@ -77,7 +84,8 @@ def set_out(spec: Spec, params: PyTree, point: Point) -> Places:
     key = jax.random.key(point.get(SEED, 0))
     params = params if spec.draw is None else spec.draw(key)
     lr = _lr(spec, point, params)
-    window = warm_up(spec.dynamics, params, lr=lr)
+    # Compiled for itself, lest fusions with the rest differ by the number of devices.
+    window = jax.jit(partial(opening, spec.dynamics))(params, lr=lr)
     window, lost_at, _ = descent(spec.dynamics, lr, spec.warmup).advance(window)
     # No flow can start from a run that is lost already.
     states = {name: begun(flow, window, lr, key) for name, flow in spec.flows}
@@ -112,6 +120,7 @@ def follow(
         for name, course in courses.items():
             measured = measure(course, places[name], metrics)
             following[name], seen[name], values[name] = measured
+            _check(values[name], point)
         return following, _row(spec, seen, values)
 
     def body(moment, carry):
@@ -147,6 +156,22 @@ def _courses(spec: Spec, lr: PyTree) -> dict[str, Course]:
 
 def _metrics(spec: Spec) -> tuple[Metric, ...]:
     return losses(spec.dynamics.loss), *spec.metrics
+
+
+def _check(values: dict[str, Any], point: Point) -> None:
+    """Raise `ValueError` for what the labelled result has no place for."""
+    taken = {*COMPARED, *point, FLOW, STEP, KEPT}
+    for name, value in values.items():
+        if name in taken:
+            raise ValueError(
+                f"metrics: {name!r} is the name of something else in a sweep's result: "
+                "record it under another"
+            )
+        if [jnp.ndim(leaf) for leaf in jax.tree.leaves(value)] != [0]:
+            raise ValueError(
+                f"metrics: {name!r} is not one number, and a sweep records numbers: "
+                "use keep= for what is kept of the parameters"
+            )
 
 
 def _row(

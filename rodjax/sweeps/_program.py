@@ -1,9 +1,8 @@
 """A sweep's program on its devices: compiled once, sharded, no larger than memory."""
 
 import functools
-import hashlib
 import os
-from collections.abc import Callable
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from rodjax.optimizer import Same
+from rodjax.sweeps._digest import Digests, digests, text_of
 from rodjax.sweeps._lanes import Places, Rows, Spec, follow, set_out
+from rodjax.sweeps._memory import available
 
 #: The part of a device's memory that a chunk may take.
 SHARE = 0.8
@@ -52,22 +53,26 @@ class Frozen(NamedTuple):
 class Program(NamedTuple):
     """A compiled chunk of `lanes` lanes and up to `length` moments after the first.
 
-    - `run(params, points, places, fresh, count) -> (places, rows)`, see `follow`.
+    - `lanes`: of all devices together; `bytes`: memory that it takes on each device.
+    - `seconds`: that it took to build, in this call or an earlier one.
+    - `run(params, points, places, fresh, count) -> (places, rows)`, see `follow`: as
+      `jax.jit(...).lower(...).compile()` returns it.
     - `places`: what is carried between calls, as shapes; `rows`: what comes out.
-    - `bytes`: memory that it takes on each device.
-    - `digest`: of the program before the compiler sees it, to tell others from it.
+    - `digests`: of what the compiler was given, to tell others from it.
     """
 
-    run: Callable[..., tuple[Places, Rows]]
-    places: Places
-    rows: Rows
     lanes: int
     length: int
     bytes: int
-    digest: str
+    seconds: float
+    run: jax.stages.Compiled
+    places: Places
+    rows: Rows
+    digests: Digests
 
 
-@functools.lru_cache(maxsize=8)
+# Few, for each holds what its functions close over, which may be a whole data set.
+@functools.lru_cache(maxsize=2)
 def build(
     same: Same,
     devices: Devices,
@@ -78,11 +83,12 @@ def build(
 ) -> Program:
     """Compile for `lanes` lanes, a multiple of the `devices`, sharded over them.
 
-    `same` is the `Spec`, so that equal ones share a compilation.
-
+    `same` is the flattened `Spec`, so that equal ones share a compilation.
     `params` are the shapes of the parameters and `point` those of one lane's point.
     """
-    spec: Spec = same.thing
+    began = time.perf_counter()
+    leaves, structure = same.thing
+    spec: Spec = jax.tree.unflatten(structure, leaves)
     across, alike = shardings(devices)
 
     def chunk(params, points, places, fresh, count):
@@ -111,19 +117,27 @@ def build(
             f"grid: one of {', '.join(batch)} is used for a decision in Python, so it "
             "cannot differ from lane to lane: run one sweep for each of its values"
         ) from error
-    lowered = program.lower(
+    traced = program.trace(
         params.on(alike),
         batch,
         places,
         jax.ShapeDtypeStruct((), jnp.bool, sharding=alike),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=alike),
     )
-    text = lowered.as_text()
+    lowered = traced.lower()
+    text = text_of(lowered)
     check_threads(devices, text)
     compiled = lowered.compile()
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    rows = lowered.out_info[1]
-    return Program(compiled, places, rows, lanes, length, _bytes(compiled), digest)
+    return Program(
+        lanes,
+        length,
+        _bytes(compiled),
+        time.perf_counter() - began,
+        compiled,
+        places,
+        lowered.out_info[1],
+        digests(traced, text),
+    )
 
 
 def fit(
@@ -141,7 +155,8 @@ def fit(
     At most `total` are needed. Its `length` is shortened too where even one lane on
     each device is too large for memory, unless it is `fixed`.
     """
-    same = Same(spec)
+    # Flat, for solvers and controllers are equal by their parts.
+    same = Same(jax.tree.flatten(spec))
     count, room = len(devices), SHARE * memory(devices)
     chosen = _evenly(total, total, count) if lanes is None else lanes
     while True:
@@ -181,7 +196,7 @@ def check_threads(devices: Devices, text: str) -> None:
 
 
 def memory(devices: Devices) -> float:
-    """Bytes that every device can give; of a CPU half of those the machine has."""
+    """Bytes that every device can give; of a CPU half of those there are."""
     mine = [device for device in devices if device.process_index == jax.process_index()]
     least = min(map(_memory, mine or jax.local_devices()))
     if jax.process_count() > 1:
@@ -194,8 +209,7 @@ def _memory(device: Any) -> float:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return float(stats["bytes_limit"])
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 0.5 * pages / jax.local_device_count()
+    return 0.5 * available() / jax.local_device_count()
 
 
 def shardings(devices: Devices) -> tuple[NamedSharding, NamedSharding]:

@@ -1,9 +1,7 @@
 """What a sweep keeps on disk, so that a killed one goes on where it was."""
 
-import functools
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,13 @@ import numpy as np
 from jaxtyping import PyTree
 
 SETTINGS, CHECKPOINTS = "sweep.json", "checkpoints"
+#: What is kept of a chunk.
+ROWS, PLACES = "rows", "places"
 #: Settings of which only a digest is stored, and what they stand for.
 DIGESTS = {
     "params": "the values of the initial parameters",
     "program": "what is computed: loss, optimizer, flows, metrics, versions",
+    "data": "the arrays that loss, optimizer, flows and metrics hold",
 }
 
 
@@ -73,29 +74,16 @@ class Store:
         """Open `directory`, whose settings have been checked."""
         from orbax import checkpoint
 
-        def manager(name: str, keep: int | None) -> Any:
-            options = checkpoint.CheckpointManagerOptions(
-                max_to_keep=keep,
-                cleanup_tmp_directories=True,
-                # A rejected asynchronous save can hang the process at its end.
-                enable_async_checkpointing=False,
-            )
-            path = (directory / CHECKPOINTS / name).absolute()
-            return checkpoint.CheckpointManager(path, options=options)
-
-        # All processes read a place together, but each reads rows when it needs them.
-        me = jax.process_index()
-        alone = checkpoint.options.MultiprocessingOptions(me, {me}, f"process {me}")
-        handler = checkpoint.StandardCheckpointHandler(multiprocessing_options=alone)
-
+        folder = (directory / CHECKPOINTS).absolute()
         if jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             part = directory / f"{SETTINGS}.part"
             part.write_text(_json(settings) + "\n")
             part.replace(directory / SETTINGS)
         self._args: Any = checkpoint.args
-        self._rows, self._places = manager("rows", None), manager("places", 1)
-        self._reader = checkpoint.Checkpointer(handler, multiprocessing_options=alone)
+        self._rows = _writer(folder / ROWS, keep=None)
+        self._places = _writer(folder / PLACES, keep=1)
+        self._reader = _reader(folder / ROWS)
 
     def done(self, in_block: int) -> int:
         """The number of chunks finished, of `in_block` to each chunk of lanes."""
@@ -110,33 +98,65 @@ class Store:
         """Keep a chunk's rows, and the places unless nothing goes on from them."""
         if chunk not in self._rows.all_steps():
             # By force even before later ones.
-            rows = self._args.StandardSave(_flat(rows))
-            self._rows.save(chunk, args=rows, force=True)
+            self._rows.save(chunk, args=self._saved(ROWS, rows), force=True)
         if places is not None:
-            self._places.save(chunk, args=self._args.StandardSave(_flat(places)))
+            self._places.save(chunk, args=self._saved(PLACES, places))
 
     def rows(self, chunk: int, like: PyTree) -> PyTree:
         """The rows of a chunk, host arrays in the structure of `like`."""
         target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
-        # Where the manager puts what has no name of its own.
-        path = self._rows.directory / str(chunk) / "default"
-        return self._restored(functools.partial(self._reader.restore, path), target)
+        return self._restored(self._reader, ROWS, chunk, target)
 
     def places(self, chunk: int, like: PyTree) -> PyTree:
         """The places after a chunk, laid out on devices like `like`."""
-        return self._restored(functools.partial(self._places.restore, chunk), like)
+        return self._restored(self._places, PLACES, chunk, like)
 
     def close(self) -> None:
         """Release what orbax holds."""
-        self._rows.close()
-        self._places.close()
-        self._reader.close()
+        for manager in (self._rows, self._places, self._reader):
+            manager.close()
 
-    def _restored(self, restore: Callable[..., Any], like: PyTree) -> PyTree:
-        found = restore(args=self._args.StandardRestore(_flat(like)))
+    def _saved(self, name: str, tree: PyTree) -> Any:
+        return self._args.Composite(**{name: self._args.StandardSave(_flat(tree))})
+
+    def _restored(self, manager: Any, name: str, chunk: int, like: PyTree) -> PyTree:
+        asked = self._args.Composite(**{name: self._args.StandardRestore(_flat(like))})
+        found = manager.restore(chunk, args=asked)[name]
         return jax.tree.unflatten(
             jax.tree.structure(like), [found[name] for name in sorted(found)]
         )
+
+
+def _writer(folder: Path, keep: int | None) -> Any:
+    """Of all processes together, which read what they have written too."""
+    from orbax import checkpoint
+
+    options = checkpoint.CheckpointManagerOptions(
+        max_to_keep=keep,
+        cleanup_tmp_directories=True,
+        # A rejected asynchronous save can hang the process at its end.
+        enable_async_checkpointing=False,
+    )
+    return checkpoint.CheckpointManager(folder, options=options)
+
+
+def _reader(folder: Path) -> Any:
+    """Of this process alone: each reads rows when it needs them."""
+    from orbax import checkpoint
+
+    me = jax.process_index()
+    alone = checkpoint.options.MultiprocessingOptions(me, {me}, f"process {me}")
+    registry = checkpoint.handlers.DefaultCheckpointHandlerRegistry()
+    handler = checkpoint.StandardCheckpointHandler(multiprocessing_options=alone)
+    registry.add(ROWS, checkpoint.args.StandardRestore, handler)
+    options = checkpoint.CheckpointManagerOptions(
+        create=False,
+        enable_async_checkpointing=False,
+        multiprocessing_options=alone,
+    )
+    return checkpoint.CheckpointManager(
+        folder, options=options, handler_registry=registry
+    )
 
 
 def _json(settings: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ FILE = "result.nc"
 #: Chunks of time, if nothing else is asked for.
 CHUNKS = 20
 #: Settings that are only known when the program is built.
-LATE = ("lane_chunk", "time_chunk", "program")
+LATE = ("lane_chunk", "time_chunk", "program", "data")
 
 
 def sweep(
@@ -85,7 +85,7 @@ def sweep(
       `result.nc`. The same call again goes on after the last complete chunk, to the
       same bits. Processes of one sweep must share it.
     - `settings`: attributes of the result, numbers or strings.
-    - `progress`: called after every chunk.
+    - `progress`: called with a `rodjax.sweeps.Status` after every chunk.
 
     **Returns** an `xarray.Dataset` with the dimensions `flow` ("run", the optimizer
     itself, and the flows' names), those of the grid, and `step` (optimizer steps). Its
@@ -96,9 +96,10 @@ def sweep(
     `out` the data set is read from the file as needed.
 
     **Raises** before anything is run: `ValueError` on a malformed grid, on `steps` or
-    chunks that do not fit, on an `out` that holds a sweep with other settings, naming
-    what differs; what dynamics and flows say of their arguments; `ImportError` without
-    xarray or orbax (`rodjax[sweep]`).
+    chunks that do not fit, on metrics that record the same name or more than numbers,
+    on an `out` that holds a sweep with other settings, naming what differs; what
+    dynamics and flows say of their arguments; `ImportError` without xarray or orbax
+    (`rodjax[sweep]`).
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
@@ -131,16 +132,13 @@ def sweep(
         method,
     )
     point = jax.tree.map(lambda x: x[0], points.points(0, 1))
-    described = dict(settings or {}) | {
+    described = {
         "steps": steps,
         "warmup": warmup,
         "every": every,
         "substeps": substeps,
         "solver": type(method.solver).__name__,
     }
-    at = warmup + every * np.arange(moments + 1)
-    empty = table.header(points, list(flows), at, described)
-
     chosen = tuple(jax.devices() if devices is None else devices)
     directory = None if out is None else Path(out)
     named = described | {
@@ -152,6 +150,15 @@ def sweep(
         "params": _digest(params),
         **{f"grid {name}": value.tolist() for name, value in points.values.items()},
     }
+    settings = dict(settings or {})
+    if taken := settings.keys() & {*named, *LATE}:
+        raise ValueError(
+            f"settings: the sweep itself says {', '.join(sorted(taken))}: give it "
+            "another name"
+        )
+    named = settings | named
+    at = warmup + every * np.arange(moments + 1)
+    empty = table.header(points, list(flows), at, settings | described)
     lanes = None if lane_chunk is None else -(-lane_chunk // len(chosen)) * len(chosen)
     fixed = time_chunk is not None
     if directory is not None and (stored := settings_in(directory)) is not None:
@@ -169,7 +176,7 @@ def sweep(
         named |= {
             "lane_chunk": program.lanes,
             "time_chunk": program.length * every,
-            "program": program.digest,
+            **program.digests._asdict(),
         }
         if (stored := settings_in(directory)) is not None:
             check_same(directory, stored, named)

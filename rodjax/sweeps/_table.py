@@ -20,7 +20,7 @@ from rodjax.solve import (
     step_coordinate,
 )
 from rodjax.sweeps._grid import Grid
-from rodjax.sweeps._lanes import Rows, Spec
+from rodjax.sweeps._lanes import KEPT, Rows, Spec
 
 if TYPE_CHECKING:
     import xarray
@@ -63,7 +63,7 @@ def block(
         found[name] = ((FLOW, LANE), np.stack([last[model] for model in models]))
     for path, _ in jax.tree_util.tree_leaves_with_path(kept[RUN]):
         leaf = jax.tree_util.keystr(path, simple=True, separator=".")
-        name = f"params.{leaf}" if leaf else "params"
+        name = f"{KEPT}.{leaf}" if leaf else KEPT
         values = np.stack([_at(kept[model], path) for model in models])
         own = tuple(f"{name}_{i}" for i in range(values.ndim - 3))
         found[name] = ((FLOW, LANE, STEP, *own), values)

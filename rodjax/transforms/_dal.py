@@ -14,7 +14,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from rodjax.curvature import _eigenpairs as curvature
+from rodjax import curvature
 from rodjax.transforms._extra import check_numbers, joint_scalar, loss_of_params, times
 
 

@@ -1,0 +1,187 @@
+"""What test modules share: optimizers, toy losses, bare solvers, counts, distances.
+
+Only what two modules use; no test module imports another.
+"""
+
+import dataclasses
+from contextlib import contextmanager
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import config as checks
+
+from rodjax.transforms import scalar_adam, scalar_nadam, scalar_rmsprop
+
+# --- checks of annotations ------------------------------------------------------------
+
+
+@contextmanager
+def unchecked():
+    """Without them: for arguments that the library itself is to refuse."""
+    checks.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        checks.update("jaxtyping_disable", False)
+
+
+# --- optimizers -----------------------------------------------------------------------
+
+#: Learning rate -> each of the nine that the flows are tested with.
+OPTIMIZERS = {
+    "sgd": optax.sgd,
+    "momentum": partial(optax.sgd, momentum=0.9),
+    "nesterov": partial(optax.sgd, momentum=0.9, nesterov=True),
+    "rmsprop": optax.rmsprop,
+    "adam": optax.adam,
+    "nadam": optax.nadam,
+    "scalar_rmsprop": scalar_rmsprop,
+    "scalar_adam": scalar_adam,
+    "scalar_nadam": scalar_nadam,
+}
+
+# --- toy losses -----------------------------------------------------------------------
+
+#: Where the coupled loss is started from.
+START = {"a": jnp.array([0.8, -0.6, 0.9]), "b": jnp.array(1.1)}
+
+
+def coupled(params):
+    """Smooth, coupled, not quadratic, of two leaves of different rank."""
+    a, b = params["a"], params["b"]
+    curvature = jnp.array([2.0, 0.7, 0.2], a.dtype)
+    return 0.5 * a @ (curvature * a) + jnp.cosh(jnp.sum(a) - b) + 0.1 * b**4
+
+
+class Traced:
+    """A loss that counts how often it is traced, or called outside of a trace."""
+
+    def __init__(self, loss):
+        self.loss, self.count = loss, 0
+
+    def __call__(self, params):
+        self.count += 1
+        return self.loss(params)
+
+
+class Counted:
+    """A loss that counts its evaluations, under vmap one for each of the batch."""
+
+    def __init__(self, loss):
+        self.loss, self.count = loss, 0
+
+    def __call__(self, params):
+        entry = jax.tree.leaves(params)[0].ravel()[0]
+        jax.debug.callback(self._tick, entry)
+        return self.loss(params)
+
+    def _tick(self, _):
+        self.count += 1
+
+    def spent(self, function, *args):
+        """The evaluations that a call makes."""
+        jax.effects_barrier()
+        before = self.count
+        jax.block_until_ready(function(*args))
+        jax.effects_barrier()
+        return self.count - before
+
+
+# --- flows and solvers ----------------------------------------------------------------
+
+
+def started(flow, y):
+    """The flow, beginning at this state whatever it is given."""
+    return dataclasses.replace(flow, init=lambda start, *, lr, key: y)
+
+
+def field(flow, y, lr=None):
+    """The vector field at a state."""
+    return jax.jit(flow.vector_field)(0.0, y, lr)
+
+
+def heun(flow, substeps=4):
+    """(y, lr, n) -> y after n substeps of Heun's method.
+
+    A bare loop: it compiles far quicker than diffrax, and refuses a field that is not
+    like its state.
+    """
+    h = 1.0 / substeps
+
+    @jax.jit
+    def solve(y, lr, count):
+        def substep(_, y):
+            first = flow.vector_field(0.0, y, lr)
+            second = flow.vector_field(h, optax.tree.add_scale(y, h, first), lr)
+            return optax.tree.add_scale(y, h / 2, optax.tree.add(first, second))
+
+        return jax.lax.fori_loop(0, count, substep, y)
+
+    return solve
+
+
+def runge_kutta(flow, start, steps, *, lr, substeps=32):
+    """The flow's states at whole steps from 1 on, by the method of order 4."""
+    h = 1.0 / substeps
+    rate = lambda y: flow.vector_field(0.0, y, lr)
+    ahead = optax.tree.add_scale
+
+    def substep(_, y):
+        first = rate(y)
+        second = rate(ahead(y, h / 2, first))
+        third = rate(ahead(y, h / 2, second))
+        fourth = rate(ahead(y, h, third))
+        for k, weight in ((first, 1), (second, 2), (third, 2), (fourth, 1)):
+            y = ahead(y, weight * h / 6, k)
+        return y
+
+    def step(y, _):
+        y = jax.lax.fori_loop(0, substeps, substep, y)
+        return y, y
+
+    begin = flow.init(start, lr=lr, key=jax.random.key(0))
+    return jax.lax.scan(step, begin, None, steps)[1]
+
+
+# --- trees, distances, orders ---------------------------------------------------------
+
+
+def lane(tree, index):
+    """One entry along the leading axis of every leaf."""
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def apart(a, b):
+    """Distance of two pytrees."""
+    return float(optax.tree.norm(optax.tree.sub(a, b)))
+
+
+def unlike(a, b):
+    """Relative distance of two pytrees."""
+    return apart(a, b) / float(optax.tree.norm(b))
+
+
+def order(sizes, errors):
+    """The power by which errors go with sizes, by regression."""
+    return np.polyfit(np.log(sizes), np.log(errors), 1)[0]
+
+
+def dense_hessian(loss, params):
+    """The Hessian on the ravelled parameters."""
+    flat, unravel = ravel_pytree(params)
+    return np.asarray(jax.jit(jax.hessian(lambda x: loss(unravel(x))))(flat))
+
+
+@contextmanager
+def own_configuration():
+    """The command configures its process; the tests share theirs."""
+    saved = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", saved[0])
+        jax.config.update("jax_default_matmul_precision", saved[1])
