@@ -15,11 +15,11 @@ It writes a picture and a NetCDF file for each row, and `accuracy.json`, from wh
 same command goes on after it was stopped.
 """
 
-import argparse
+import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from _common import arguments, head, row, words, write
 
 import rodjax as rj
 from rodjax import problems, transforms
@@ -50,10 +51,10 @@ OPTIMIZERS: Mapping[str, Callable[[Any], optax.GradientTransformation]] = {
 
 
 class Window(NamedTuple):
-    """`start` steps, then `steps` compared; no `lr` is one to be found by `choose`."""
+    """`warmup` steps, then `steps` compared; no `lr` is one to be found by `choose`."""
 
     lr: float | None = None
-    start: int = 20
+    warmup: int = 20
     steps: int = 400
 
 
@@ -89,14 +90,31 @@ WINDOWS: Mapping[str, Window] = {
 }
 SAMPLES = {"mlp": 100, "cnn": 50, "vit": 50}
 WITHOUT_MOMENTUM = ("gd", "rmsprop", "scalar-rmsprop")
-FLOWS: Mapping[str, tuple[Callable[..., rj.flows.Flow], Iterable[str]]] = {
-    "stable": (rj.flows.stable, OPTIMIZERS),
-    "rod": (rj.flows.rod, OPTIMIZERS),
-    "bundle": (partial(rj.flows.rod, rank=3), WITHOUT_MOMENTUM),
-    "modulated": (rj.flows.modulated, OPTIMIZERS),
-    "edge": (rj.flows.edge, OPTIMIZERS),
-    "central": (partial(rj.flows.central, top=2), WITHOUT_MOMENTUM),
-}
+RANKS = {"central": 2}
+
+
+class Model(NamedTuple):
+    """A flow of the table, and the optimizers that it serves."""
+
+    build: Callable[..., rj.flows.Flow]
+    served: tuple[str, ...]
+
+
+def models() -> dict[str, Model]:
+    """All flows but those of gradient descent alone, and a bundle of three rods."""
+    found = {}
+    for name, record in rj.flows.REGISTRY.items():
+        if record.serves == "gradient descent":
+            continue
+        served = tuple(OPTIMIZERS) if record.serves == "any" else WITHOUT_MOMENTUM
+        options = {"rank": RANKS[name]} if name in RANKS else {}
+        found[name] = Model(partial(record.build, **options), served)
+        if name == "rod":
+            found["bundle"] = Model(partial(record.build, rank=3), WITHOUT_MOMENTUM)
+    return found
+
+
+FLOWS = models()
 EVERY = 5
 # Sharpness over threshold from which on a run counts as being at the threshold.
 AT_THRESHOLD = 0.9
@@ -119,7 +137,7 @@ def choose(dynamics: rj.Dynamics, params: Any, window: Window) -> float:
             params,
             window.steps,
             grid={"lr": some},
-            start=window.start,
+            warmup=window.warmup,
             every=10,
             metrics=edge,
         ).sel(flow="run")
@@ -135,15 +153,15 @@ def choose(dynamics: rj.Dynamics, params: Any, window: Window) -> float:
 
 # The optimizer's whole state at the centre, for what is computed from it afterwards.
 STATES = rj.Metric(
-    lambda snapshot, lr: (),
-    lambda snapshot, carry, lr: ({"state": snapshot.centre}, carry),
+    lambda snapshot, *, lr: (),
+    lambda snapshot, carry, *, lr: ({"state": snapshot.centre}, carry),
 )
 
 
 def measure(problem: problems.Problem, optimizer: str, window: Window, out: Path):
     """All figures of one row, whose picture and trajectories go to `out`."""
     dynamics = rj.dynamics(OPTIMIZERS[optimizer], problem.loss)
-    lr, start, steps = window
+    lr, warmup, steps = window
     lr = choose(dynamics, problem.params, window) if lr is None else lr
 
     # Compiled once for all trajectories, which is why it is not recorded along them.
@@ -159,15 +177,15 @@ def measure(problem: problems.Problem, optimizer: str, window: Window, out: Path
     def with_curvature(path: rj.Trajectory) -> rj.Trajectory:
         metrics = dict(path.metrics)
         more = curvature(metrics.pop("state"))
-        return path._replace(metrics=metrics | more)
+        return dataclasses.replace(path, metrics=metrics | more)
 
     common: dict[str, Any] = {"lr": lr, "every": EVERY, "metrics": (STATES,)}
-    states = rj.warm_up(dynamics, problem.params, start, lr=lr)
-    run = with_curvature(rj.descend(dynamics, states, steps, **common))
+    start = rj.warm_up(dynamics, problem.params, warmup, lr=lr)
+    run = with_curvature(rj.descend(dynamics, start, steps, **common))
     ratio = run.metrics["sharpness_ratio"]
     found: dict[str, Any] = {
         "lr": lr,
-        "start": start,
+        "warmup": warmup,
         "steps": steps,
         "share at threshold": share_at_threshold(ratio),
         "highest ratio": float(ratio.max()),
@@ -180,9 +198,9 @@ def measure(problem: problems.Problem, optimizer: str, window: Window, out: Path
         if optimizer not in served:
             continue
         began = time.perf_counter()
-        path = rj.integrate(build(dynamics), states, steps, **common)
+        path = rj.integrate(build(dynamics), start, steps, **common)
         paths[name] = with_curvature(path)
-        summary = rj.compare(paths[name], run).summary()
+        summary = rj.compare(run, paths[name]).summary()
         summary["seconds"] = time.perf_counter() - began
         found["flows"][name] = summary
     name = f"{problem.name}, {optimizer}, lr {lr:.3g}"
@@ -190,53 +208,49 @@ def measure(problem: problems.Problem, optimizer: str, window: Window, out: Path
     rj.dataset(run, paths, lr=lr).to_netcdf(out.with_suffix(".nc"), engine="h5netcdf")
     # Compiled programs of all rows together exhaust the compiler's memory.
     jax.clear_caches()
-    # JSON has no NaN.
+    # As it is written, for JSON has no NaN.
     return jax.tree.map(lambda x: x if math.isfinite(x) else None, found)
 
 
-def is_of(row: Mapping[str, Any] | None, window: Window) -> bool:
-    """Whether the row has been measured, and on this window."""
-    if row is None:
+def is_of(found: Mapping[str, Any] | None, window: Window) -> bool:
+    """Whether a row has been measured, and on this window."""
+    if found is None:
         return False
-    lr = row["lr"] if window.lr is None else window.lr
-    return (row["lr"], row["start"], row["steps"]) == (lr, *window[1:])
+    lr = found["lr"] if window.lr is None else window.lr
+    return (found["lr"], found["warmup"], found["steps"]) == (lr, *window[1:])
 
 
-def relative(row: Mapping[str, Any], flow: str) -> tuple[float, float]:
+def relative(found: Mapping[str, Any], flow: str) -> tuple[float, float]:
     """Final and mean distance in units of the stable's; infinite if it diverged."""
-    own, base = row["flows"][flow], row["flows"]["stable"]
+    own, base = found["flows"][flow], found["flows"]["stable"]
     if own["diverged_at"] is not None:
         return math.inf, math.inf
     final, mean = (own[key] / base[key] for key in ("final_distance", "mean_distance"))
     return final, mean
 
 
-def line(cells: Iterable[str]) -> str:
-    """A line of the table, as a Markdown row."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def cells(name: str, row: Mapping[str, Any]) -> list[str]:
+def cells(name: str, found: Mapping[str, Any]) -> list[str]:
     """One row of the table."""
 
     def ratio(found: float | None) -> str:
         return "-" if found is None else f"{found:.2f}"
 
     medians = {
-        flow: ratio(own["median_sharpness_ratio"]) for flow, own in row["flows"].items()
+        flow: ratio(own["median_sharpness_ratio"])
+        for flow, own in found["flows"].items()
     }
     figures = [
-        "{:.3f} / {:.3f} / {}".format(*relative(row, flow), medians[flow])
-        if flow in row["flows"]
+        "{:.3f} / {:.3f} / {}".format(*relative(found, flow), medians[flow])
+        if flow in found["flows"]
         else ""
         for flow in FLOWS
         if flow != "stable"
     ]
     return [
-        f"{name} {row['lr']:.3g}, {row['start']}+{row['steps']}",
-        f"{row['share at threshold']:.2f}",
-        ratio(row["highest ratio"]),
-        f"{row['flows']['stable']['final_distance']:.3g} / {medians['stable']}",
+        f"{name} {found['lr']:.3g}, {found['warmup']}+{found['steps']}",
+        f"{found['share at threshold']:.2f}",
+        ratio(found["highest ratio"]),
+        f"{found['flows']['stable']['final_distance']:.3g} / {medians['stable']}",
         *figures,
     ]
 
@@ -245,7 +259,7 @@ def conclude(rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Medians over the rows, the worst one, and the rows that do not count."""
     print(f"\nOver {len(rows)} rows, relative to the stable flow, final / mean:")
     for flow in FLOWS:
-        own = [relative(row, flow) for row in rows.values() if flow in row["flows"]]
+        own = [relative(one, flow) for one in rows.values() if flow in one["flows"]]
         if not own or flow == "stable":
             continue
         print(
@@ -253,24 +267,23 @@ def conclude(rows: Mapping[str, Mapping[str, Any]]) -> None:
                 flow, *np.median(own, axis=0), *np.max(own, axis=0)
             )
         )
-    for name, row in rows.items():
-        if row["share at threshold"] < SHARE:
-            print(f"{name}: only {row['share at threshold']:.0%} at the threshold")
+    for name, one in rows.items():
+        if one["share at threshold"] < SHARE:
+            print(f"{name}: only {one['share at threshold']:.0%} at the threshold")
 
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, "accuracy")
     parser.add_argument("--rows", default=",".join(WINDOWS), help="comma-separated")
     parser.add_argument("--cifar10", metavar="PATH", help="in place of digits")
     parser.add_argument("--n", type=int, help=f"samples; else {SAMPLES}")
     parser.add_argument("--seed", type=int, default=0, help="of weights and samples")
     parser.add_argument("--float64", action="store_true")
-    parser.add_argument("--out", default="accuracy", type=Path)
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", options.float64)
     jax.config.update("jax_default_matmul_precision", "highest")
-    wanted = options.rows.split(",")
+    wanted = words(options.rows)
     if unknown := set(wanted) - set(WINDOWS):
         parser.error(f"--rows: unknown {sorted(unknown)}; choose from {list(WINDOWS)}")
 
@@ -298,8 +311,7 @@ def main() -> None:
         "stable: final, S/threshold",
     )
     flows = [f"{flow}: final / mean / S" for flow in FLOWS if flow != "stable"]
-    print(line([*titles, *flows]))
-    print(line(["---"] * (len(titles) + len(flows))))
+    print(head([*titles, *flows]))
     for name in wanted:
         network, optimizer = name.split("-", 1)
         window = Window() if options.cifar10 else WINDOWS[name]
@@ -307,12 +319,11 @@ def main() -> None:
             n = settings["n"][network]
             data = read(n=n, skip=n * options.seed)
             problem = NETWORKS[network](data, seed=options.seed)
-            row = measure(problem, optimizer, window, options.out / name)
-            saved["rows"][name] = row
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(saved, indent=1, allow_nan=False))
-            part.replace(file)
-        print(line(cells(name, saved["rows"][name])), flush=True)
+            saved["rows"][name] = measure(
+                problem, optimizer, window, options.out / name
+            )
+            write(file, saved, indent=1)
+        print(row(cells(name, saved["rows"][name])), flush=True)
     conclude({name: saved["rows"][name] for name in wanted})
 
 

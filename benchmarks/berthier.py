@@ -2,21 +2,19 @@
 
 On Berthier's valley, from three starts at and below the edge, gradient descent and six
 flows go on from the same six optimizer steps. The valley has no rounding to grow an
-oscillation from (x = 0 is invariant), so the flows that have a seed are given none.
+oscillation from (x = 0 is invariant), so the flows that have a floor are given none.
 Prints a table for each start, with y the sharpness, and draws y and the amplitude.
 
     python benchmarks/berthier.py --out figures
 """
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _common import arguments, head, row, write
 from matplotlib.figure import Figure
 
 import rodjax as rj
@@ -49,11 +47,11 @@ def solve(steps: int) -> list[Paths]:
     valley = rj.problems.berthier(eps=EPS, zeta=ZETA)
     sgd = rj.dynamics(optax.sgd(ETA), valley.loss)
     flows = {
-        "modulated": rj.flows.modulated(sgd, seed=0.0),
+        "modulated": rj.flows.modulated(sgd, floor=0.0),
         "bundle of 2 rods": rj.flows.rod(sgd, rank=2),
         "single rod": rj.flows.rod(sgd),
-        "edge": rj.flows.edge(sgd, seed=0.0),
-        "covariance": rj.flows.covariance(sgd, rank=2, seed=0.0),
+        "edge": rj.flows.edge(sgd, floor=0.0),
+        "covariance": rj.flows.covariance(sgd, rank=2, floor=0.0),
         "central": rj.flows.central(sgd),
     }
     solved = []
@@ -70,7 +68,7 @@ def solve(steps: int) -> list[Paths]:
 def describe(path: rj.Trajectory, run: rj.Trajectory) -> dict[str, float]:
     """The figures of one trajectory."""
     y, size = np.asarray(path.params["y"]), np.asarray(path.metrics["amplitude"])
-    apart = rj.compare(path, run).summary()
+    apart = rj.compare(run, path).summary()
     # The first time that the amplitude rises through half of the cycle's.
     rises = np.flatnonzero((size[:-1] < SWING / 2) & (size[1:] >= SWING / 2))
     figures = (
@@ -124,19 +122,12 @@ def draw(solved: Sequence[Paths]) -> Figure:
     return figure
 
 
-def row(cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
 def main() -> None:
     """Solve, print, draw and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path())
+    parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=1800)
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    options.out.mkdir(parents=True, exist_ok=True)
 
     solved, results = solve(options.steps), {}
     print(f"2 / eta = {2 / ETA:.5f}; the cycle: y = {LEVEL:.5f}, x = ±{SWING:.5f}")
@@ -144,11 +135,10 @@ def main() -> None:
         found = {name: describe(path, paths[RUN]) for name, path in paths.items()}
         results[f"{start[0]:g}, {start[1]:g}"] = found
         print(f"\nfrom x = {start[0]:g}, y = {start[1]:g}; means over the last {LATE}")
-        print(row(("model", *COLUMNS, *DISTANCES)), row(["---"] * 8), sep="\n")
+        print(head(("model", *COLUMNS, *DISTANCES)))
         for name, figures in found.items():
             print(row((name, *(f"{value:.5g}" for value in figures.values()))))
-    with open(options.out / "berthier.json", "w") as file:
-        json.dump(results, file, indent=2)
+    write(options.out / "berthier.json", results, indent=2)
     draw(solved).savefig(options.out / "berthier.png", dpi=110)
 
 

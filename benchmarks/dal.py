@@ -7,22 +7,20 @@ one step, and all rises together) and the learning rates, and draws stability ag
     python benchmarks/dal.py --out figures
 """
 
-import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _common import arguments, head, row, write
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 import rodjax as rj
-from rodjax.transforms import _dal as dal
+from rodjax.transforms import dal
 
 POWERS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 RATES = (0.3, 0.6, 1.0, 1.2, 1.5, 1.7, 1.9, 2.0, 5.0)
@@ -48,7 +46,8 @@ def train(
 ) -> tuple[jax.Array, jax.Array]:
     """Loss on all samples before, and learning rate of, every step."""
     start = rj.problems.digits_mlp(SAMPLES).params
-    inputs, targets = rj.problems.digits(SAMPLES)
+    images, targets = rj.problems.digits(SAMPLES)
+    inputs = images.reshape(SAMPLES, -1)
     update = optax.with_extra_args_support(optimizer).update
 
     def body(carry, key):
@@ -145,28 +144,12 @@ def draw(results: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:
     return figure
 
 
-def row(cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def finite(value: Any) -> Any:
-    """JSON knows no infinity."""
-    if isinstance(value, dict | list):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        done = {key: finite(item) for key, item in pairs}
-        return done if isinstance(value, dict) else list(done.values())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def main() -> None:
     """Train, print, draw and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path())
+    parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=500)
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    options.out.mkdir(parents=True, exist_ok=True)
 
     results = {}
     for batch in (SAMPLES, BATCH):
@@ -176,14 +159,13 @@ def main() -> None:
             "GD": grid(fixed, RATES, batch, options.steps),
         }
         results[name] = found
-        print(row((name, *COLUMNS)), row(["---"] * 6), sep="\n")
+        print(head((name, *COLUMNS)))
         for kind, label in (("DAL", "DAL, p"), ("GD", "GD, lr")):
             for run in found[kind]:
                 cells = [f"{run[key]:.3g}" for key in COLUMNS]
                 print(row((f"{label} = {run['value']:g}", *cells)))
         print(flush=True)
-    with open(options.out / "dal.json", "w") as file:
-        json.dump(finite(results), file)
+    write(options.out / "dal.json", results)
     draw(results).savefig(options.out / "dal.png", dpi=110)
 
 

@@ -7,16 +7,13 @@ highest, and the mean of the last fifty steps), and draws them along the way.
     python benchmarks/edge_gradient_descent.py --out figures
 """
 
-import argparse
-import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _common import arguments, head, row, write
 from matplotlib.figure import Figure
 
 import rodjax as rj
@@ -27,8 +24,8 @@ RATES = (0.4, 0.6, 0.8, 1.0)
 OPTIMIZERS = {
     "GD": lambda lr: optax.with_extra_args_support(optax.sgd(lr)),
     "EGD": edge_gradient_descent,
-    "EGD, seed 1e-3": lambda lr: edge_gradient_descent(lr, seed=1e-3),
-    "EGD, seed 1e-2": lambda lr: edge_gradient_descent(lr, seed=1e-2),
+    "EGD, floor 1e-3": lambda lr: edge_gradient_descent(lr, floor=1e-3),
+    "EGD, floor 1e-2": lambda lr: edge_gradient_descent(lr, floor=1e-2),
 }
 COLUMNS = ("final loss", "largest rise", "total rise", "highest ratio", "final ratio")
 
@@ -108,28 +105,20 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> Figure:
     return figure
 
 
-def row(cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
 def main() -> None:
     """Train, print, draw and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path())
+    parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=600)
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    options.out.mkdir(parents=True, exist_ok=True)
 
     results = {name: train(name, options.steps) for name in OPTIMIZERS}
-    print(row(("lr", "optimizer", *COLUMNS)), row(["---"] * 7), sep="\n")
+    print(head(("lr", "optimizer", *COLUMNS)))
     for runs in zip(*results.values(), strict=True):
         for run in runs:
             cells = [f"{run[key]:.3g}" for key in COLUMNS]
             print(row((f"{run['lr']:g}", run["optimizer"], *cells)))
-    with open(options.out / "edge_gradient_descent.json", "w") as file:
-        json.dump(results, file)
+    write(options.out / "edge_gradient_descent.json", results)
     draw(results).savefig(options.out / "edge_gradient_descent.png", dpi=110)
 
 

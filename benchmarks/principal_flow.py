@@ -8,10 +8,7 @@ stability coefficients along gradient descent of the digits MLP at the edge.
     python benchmarks/principal_flow.py --out figures
 """
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import diffrax
@@ -19,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _common import arguments, head, row, write
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -49,7 +47,7 @@ COSINE = (
     (1.5, 0.5, 14, "oscillating"),
     (2.4, 3.12, 14, "leaving the minimum"),
 )
-MLP_RATE, TOP = 0.6, 3
+MLP_RATE, COUNT = 0.6, 3
 
 
 def follow(
@@ -114,11 +112,11 @@ def train(steps: int) -> dict[str, Any]:
     problem = rj.problems.digits_mlp()
     dynamics = rj.dynamics(optax.sgd(MLP_RATE), problem.loss)
     metrics = [
-        rj.stability_coefficients(dynamics, TOP, tol=1e-3),
+        rj.stability_coefficients(dynamics, COUNT, tol=1e-3),
         rj.edge_of_stability(dynamics, tol=1e-3),
     ]
     nothing = lambda params: None
-    run = rj.descend(dynamics, problem.params, steps, metrics=metrics, project=nothing)
+    run = rj.descend(dynamics, problem.params, steps, metrics=metrics, keep=nothing)
     found = {name: np.asarray(values) for name, values in run.metrics.items()}
     return {"steps": np.asarray(run.steps), **found}
 
@@ -177,7 +175,7 @@ def draw(
     figure.axes[0].legend(loc="lower left")
 
     left, right = (figure.add_subplot(grid[2, s]) for s in (slice(0, 3), slice(3, 6)))
-    for i in reversed(range(TOP)):
+    for i in reversed(range(COUNT)):
         values = mlp[f"stability_coefficient_{i + 1}"]
         left.plot(
             mlp["steps"], values, color=f"C{i}", lw=1, label=f"eigenvector {i + 1}"
@@ -199,31 +197,19 @@ def draw(
     return figure
 
 
-def plain(values: np.ndarray) -> list[Any]:
-    """Nested lists, None where there is no number, which JSON does not know."""
-    return np.where(np.isfinite(values), values, None).tolist()
-
-
-def row(cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
 def main() -> None:
     """Run, print, draw and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path())
+    parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=400, help="of the digits MLP")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    options.out.mkdir(parents=True, exist_ok=True)
 
     results = {
         "banana": follow(rj.problems.banana(), BANANA),
         "cosine": follow(rj.problems.cosine(), COSINE),
     }
     columns = (*FLOWS, "steps compared")
-    print(row(("problem", "lr", *columns)), row(["---"] * 7), sep="\n")
+    print(head(("problem", "lr", *columns)))
     for name, cases in results.items():
         for found in cases:
             found["distances"] = distances(found)
@@ -237,8 +223,7 @@ def main() -> None:
     )
     print(f"as the sharpness ratio is above 1 at {agree:.1%} of them")
 
-    with open(options.out / "principal_flow.json", "w") as file:
-        json.dump(results | {"digits": mlp}, file, default=plain)
+    write(options.out / "principal_flow.json", results | {"digits": mlp})
     draw(**results, mlp=mlp).savefig(options.out / "principal_flow.png", dpi=110)
 
 

@@ -10,33 +10,37 @@ plain jitted gradient descent, to whose time each is related.
     python benchmarks/reference.py --solver euler --flows central,modulated
 """
 
-import argparse
-import json
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import diffrax
 import jax
 import optax
+from _common import arguments, head, row, seconds, words, write
 
 import rodjax as rj
-from rodjax.cli import _names as choices
 
-LR, START, STEPS, SUBSTEPS = 0.6, 20, 240, 4
+LR, WARMUP, STEPS, SUBSTEPS = 0.6, 20, 240, 4
 REPEATS = 7
+SOLVERS = {
+    "heun": diffrax.Heun,
+    "euler": diffrax.Euler,
+    "midpoint": diffrax.Midpoint,
+    "tsit5": diffrax.Tsit5,
+}
 FLOWS = {
     "stable": rj.flows.stable,
     "gradient": rj.flows.gradient,
     "igr": rj.flows.igr,
     "third order": rj.flows.third_order,
-    "principal, top 3": partial(rj.flows.principal, top=3),
+    "principal, rank 3": partial(rj.flows.principal, rank=3),
     "rod": rj.flows.rod,
     "bundle of 3": partial(rj.flows.rod, rank=3),
     "modulated": rj.flows.modulated,
     "edge": rj.flows.edge,
-    "central, top 3": rj.flows.central,
-    "central, top 2": partial(rj.flows.central, top=2),
+    "central, rank 3": rj.flows.central,
+    "central, rank 2": partial(rj.flows.central, rank=2),
     "covariance": rj.flows.covariance,
 }
 COLUMNS = {
@@ -50,13 +54,6 @@ COLUMNS = {
     "ms a step": "ms a step",
     "times GD": "times GD's step",
 }
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    began = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - began
 
 
 def plain_descent(problem: rj.problems.Problem, params: Any) -> Callable[[], Any]:
@@ -75,31 +72,24 @@ def plain_descent(problem: rj.problems.Problem, params: Any) -> Callable[[], Any
     return lambda: descend(params)
 
 
-def line(cells: list[str]) -> str:
-    """A line of the table, as a Markdown row."""
-    return "| " + " | ".join(cells) + " |"
-
-
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, "reference.json")
     parser.add_argument("--flows", default="", help="comma-separated; all if none")
-    parser.add_argument("--solver", default="heun")
-    parser.add_argument("--out", default="reference.json")
+    parser.add_argument("--solver", default="heun", choices=SOLVERS)
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
 
     problem = rj.problems.digits_mlp(dtype="float64")
     dynamics = rj.dynamics(optax.sgd, problem.loss)
     edge = (rj.edge_of_stability(dynamics),)
-    window = rj.warm_up(dynamics, problem.params, START, lr=LR)
+    window = rj.warm_up(dynamics, problem.params, WARMUP, lr=LR)
     run = rj.descend(dynamics, window, STEPS, lr=LR, metrics=edge)
     descend = plain_descent(problem, window.at(0).params)
     jax.block_until_ready(descend())
 
-    wanted = [word.strip() for word in options.flows.split(",") if word.strip()]
-    print(line(["flow", *COLUMNS.values()]))
-    print(line(["---"] * (1 + len(COLUMNS))))
+    wanted = words(options.flows)
+    print(head(["flow", *COLUMNS.values()]))
     results = {}
     for name, build in FLOWS.items():
         if wanted and not any(name.startswith(word) for word in wanted):
@@ -108,10 +98,10 @@ def main() -> None:
         settings: dict[str, Any] = {
             "lr": LR,
             "substeps": SUBSTEPS,
-            "solver": choices.solver(options.solver),
+            "solver": SOLVERS[options.solver](),
         }
         path = rj.integrate(flow, window, STEPS, metrics=edge, **settings)
-        found: dict[str, float] = rj.compare(path, run).summary()
+        found: dict[str, float] = rj.compare(run, path).summary()
         solve = partial(rj.integrate, flow, window, STEPS, every=STEPS, **settings)
         seconds(solve)
         # In turn, so that whatever else the machine does slows both.
@@ -124,9 +114,8 @@ def main() -> None:
             "times GD": own / base,
         }
         results[name] = found
-        print(line([name, *(f"{found[key]:.4g}" for key in COLUMNS)]), flush=True)
-        with open(options.out, "w") as file:
-            json.dump({"solver": options.solver, "flows": results}, file, indent=2)
+        print(row([name, *(f"{found[key]:.4g}" for key in COLUMNS)]), flush=True)
+        write(options.out, {"solver": options.solver, "flows": results}, indent=2)
     # The optimizer itself has no distance; its figures close the table.
     base = min(seconds(descend) for _ in range(REPEATS))
     ratio = run.metrics["sharpness_ratio"]

@@ -16,10 +16,7 @@ its compilation. On CPU the sweep has a device for every core unless --devices i
     python benchmarks/sweep.py --float64 --devices 1
 """
 
-import argparse
-import json
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,27 +24,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _common import arguments, seconds, write
 
 import rodjax as rj
-from rodjax.sweeps import _program as program
 
-START, STEPS, SUBSTEPS, REPEATS = 20, 240, 4, 3
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    began = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - began
+WARMUP, SUBSTEPS, REPEATS = 20, 4, 3
 
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, "sweep.json")
     parser.add_argument("--lanes", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--devices", type=int, default=os.cpu_count())
     parser.add_argument("--float64", action="store_true", help="float32 if not given")
-    parser.add_argument("--out", default="sweep.json")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", options.devices)
     os.environ.setdefault("NPROC", str(2 * options.devices))
@@ -58,24 +48,26 @@ def main() -> None:
     dynamics = rj.dynamics(optax.sgd, problem.loss)
     flow = rj.flows.modulated(dynamics)
     lrs = np.geomspace(0.05, 0.8, options.lanes)
+    steps, told = options.steps, []
 
     def sweep() -> Any:
         return rj.sweep(
             dynamics,
             problem.params,
-            STEPS,
+            steps,
             grid={"lr": lrs},
             flows={"modulated": flow},
-            start=START,
+            warmup=WARMUP,
             substeps=SUBSTEPS,
-            time_chunk=STEPS,
+            time_chunk=steps,
+            progress=told.append,
         )
 
     def calls(lr):
-        window = rj.warm_up(dynamics, problem.params, START, lr=lr)
-        run = rj.descend(dynamics, window, STEPS, lr=lr)
-        path = rj.integrate(flow, window, STEPS, lr=lr, substeps=SUBSTEPS)
-        found = rj.compare(path, run)
+        window = rj.warm_up(dynamics, problem.params, WARMUP, lr=lr)
+        run = rj.descend(dynamics, window, steps, lr=lr)
+        path = rj.integrate(flow, window, steps, lr=lr, substeps=SUBSTEPS)
+        found = rj.compare(run, path)
         return found.distance, found.flow, found.run
 
     single = jax.jit(calls)
@@ -90,19 +82,12 @@ def main() -> None:
             return (optax.apply_updates(params, updates), state), None
 
         first = (problem.params, optimizer.init(problem.params))
-        return jax.lax.scan(step, first, length=START + STEPS)[0][0]
+        return jax.lax.scan(step, first, length=WARMUP + steps)[0][0]
 
     def over(one: Callable[[Any], Any]) -> Callable[[], Any]:
         # Waiting for each, as a loop that looks at its results does.
         return lambda: [jax.block_until_ready(one(jnp.asarray(lr))) for lr in lrs]
 
-    built, build = [], program.build
-
-    def watched(*arguments: Any) -> program.Program:
-        built.append(build(*arguments))
-        return built[-1]
-
-    program.build = watched
     ways = {
         "sweep": sweep,
         "loop": over(single),
@@ -119,6 +104,7 @@ def main() -> None:
     alone = np.stack([single(jnp.asarray(lr))[0] for lr in lrs])
     compared = data.distance.sel(flow="modulated").values
     device = jax.devices()[0]
+    programs = {id(status.program.run): status.program for status in told}
     needs = single.lower(jnp.asarray(lrs[0])).compile().memory_analysis()
     results = {
         "lanes": options.lanes,
@@ -130,8 +116,10 @@ def main() -> None:
         "loop / sweep": warm["loop"] / warm["sweep"],
         "sweep / Optax loop": warm["sweep"] / warm["Optax loop"],
         "with compilation, loop / sweep": first["loop"] / first["sweep"],
-        "programs compiled": build.cache_info().misses,
-        "MB on each device, sweep": built[-1].bytes / 1e6,
+        "programs of the sweep": len(programs),
+        "lanes at a time": told[-1].program.lanes,
+        "seconds to build a program": told[-1].program.seconds,
+        "MB on each device, sweep": told[-1].program.bytes / 1e6,
         "MB, one lane of the loop": needs.temp_size_in_bytes / 1e6,
         "largest difference": float(np.nanmax(np.abs(compared - alone))),
     }
@@ -145,8 +133,7 @@ def main() -> None:
         )
     for name, value in list(results.items())[6:]:
         print(f"{name}: {value:.4g}")
-    with open(options.out, "w") as file:
-        json.dump(results, file, indent=2)
+    write(options.out, results, indent=2)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from rodjax.cli import _axes as axes
 from rodjax.cli import _names as choices
 from rodjax.cli import app
 
-FAST = ["--problem", "scalar-factorization", "--flows", "modulated", "--warmup", "2"]
+FAST = ["--problem", "scalar-factorization", "--flows", "edge", "--warmup", "2"]
 FAST += ["--steps", "8", "--every", "4"]
 
 
@@ -31,17 +31,18 @@ def result(out):
 
 def test_files_table_and_resuming(tmp_path):
     out = tmp_path / "deep" / "sweep"
-    arguments = [*FAST, "--flows", "stable,modulated", "--lr", "0.2,0.1,9", "--seeds"]
+    arguments = [*FAST, "--flows", "stable,gradient", "--lr", "0.2,0.1,9", "--seeds"]
     # The start of this problem is not drawn, so its seed is refused.
     assert invoke(*arguments, 2, "--out", out).exit_code == 2
     arguments = [*arguments[:-1], "--time-chunk", 4, "--out", out]
     first = invoke(*arguments)
     assert first.exit_code == 0, first.output
     assert "going on from" not in first.stderr
-    assert "compiling" in first.stderr and "100% 2 alive, 1 diverged" in first.stderr
-    assert "\x1b" not in first.stderr
+    said = first.stderr.splitlines()
+    assert said[0] == "sweep: compiling" and len(said) == 3
+    assert said[-1].startswith("sweep: 100% 2 alive, 1 diverged, ")
     rows = [line.split() for line in first.stdout.splitlines()]
-    assert rows[1] == ["run", "stable", "modulated"]
+    assert rows[1] == ["run", "stable", "gradient"]
     assert [row[0] for row in rows[3:6]] == ["0.1", "0.2", "9"]
     assert rows[5][1:] == ["1", "of", "1", "-", "-", "-", "-", "-"]
     for name in ("lr.png", "lanes.png"):
@@ -51,7 +52,7 @@ def test_files_table_and_resuming(tmp_path):
     assert summary["problem"] == "scalar-factorization" and summary["steps"] == 8
     assert summary["grid"] == {"lr": [0.2, 0.1, 9.0]} and summary["lanes"] == 3
     assert summary["run"]["diverged"] == 1
-    for name in ("stable", "modulated"):
+    for name in ("stable", "gradient"):
         found = data.final_distance.sel(flow=name).values[:2]
         assert summary["flows"][name]["final_distance"] == pytest.approx(found.mean())
     assert data.attrs["optimizer"] == "gd" and data.attrs["dtype"] == "float64"
@@ -59,13 +60,13 @@ def test_files_table_and_resuming(tmp_path):
 
     again = invoke(*arguments)
     assert again.exit_code == 0, again.output
-    assert f"going on from 30 of 30 steps in {out}" in again.stderr
+    assert f"nothing left to do of 30 steps in {out}" in again.stderr
     assert again.stdout == first.stdout
     xarray.testing.assert_identical(result(out), data)
 
-    changed = invoke(*arguments, "--top", 2)
+    changed = invoke(*arguments, "--substeps", 2)
     assert changed.exit_code == 2
-    assert "top was 3, is now 2" in changed.stderr
+    assert "substeps was 4, is now 2" in changed.stderr
     xarray.testing.assert_identical(result(out), data)
 
 
@@ -94,10 +95,10 @@ def test_axes_zip_and_seeds_reach_the_data(tmp_path):
     run = rj.descend(dynamics, window, 8, lr=h, every=4)
     lane = data.isel(lr=1, seed=1)
     np.testing.assert_allclose(lane.loss.sel(flow="run")[0], run.metrics["loss"])
-    # The seed's amplitude reaches the flow and leaves the run alone.
+    # The floor reaches the flow and leaves the run alone.
     loss = lane.mean_loss.isel(floor=[0, 1])
     assert loss.sel(flow="run").diff("floor").max() == 0
-    assert loss.sel(flow="modulated").diff("floor").max() > 0
+    assert loss.sel(flow="edge").diff("floor").max() > 0
 
 
 @pytest.mark.parametrize(
@@ -146,6 +147,8 @@ def test_malformed_values(text):
         (["--time-chunk", "3"], "time_chunk"),
         (["--steps", "7"], "--every 4"),
         (["--flows", "centre"], "--flows centre"),
+        (["--flows", "edge,edge"], "--flows edge,edge: edge is named twice"),
+        (["--rank", "2"], "--rank 2: none of the flows takes it; name one of rod"),
         (["--solver", "rk5"], "tsit5"),
     ],
 )

@@ -69,6 +69,29 @@ def test_vmapped_comparison_equals_single_ones(dynamics, flows):
     np.testing.assert_allclose(rj.compare(runs, paths).distance, stacked, rtol=1e-12)
 
 
+def test_of_several_lanes_medians_are_printed(dynamics, flows):
+    rates = jnp.array([[0.05, 0.1, 3.0], [0.02, 0.2, 0.15]])
+    both = lambda lr: rj.compare(
+        rj.descend(dynamics, PARAMS, 4, lr=lr),
+        rj.integrate(flows["stable"], PARAMS, 4, lr=lr),
+    )
+    batch = jax.vmap(jax.vmap(both))(rates)
+    head, *rows = str(batch).splitlines()
+    lost = int(np.sum(np.isfinite(batch.diverged_at)))
+    assert head == f"medians over 6 lanes of shape (2, 3), {lost} of them diverged"
+    printed = {name: float(row) for name, row in (r.rsplit(None, 1) for r in rows)}
+    # The last finite entry of each lane, by hand.
+    last = [d[np.isfinite(d)][-1] for d in np.reshape(batch.distance, (6, 5))]
+    np.testing.assert_allclose(printed["final_distance"], np.median(last), rtol=1e-5)
+    evaluations = np.median(batch.evaluations)
+    assert printed["update_evaluations"] == evaluations
+    with pytest.raises(ValueError, match=r"lanes of shape \(2, 3\): take one"):
+        batch.summary()
+    one = jax.tree.map(lambda x: x[1, 0], batch)
+    alone = both(0.02).summary()
+    np.testing.assert_allclose(one.summary()["final_distance"], alone["final_distance"])
+
+
 def test_summary_keeps_to_finite_entries(dynamics, flows):
     # lr 3 diverges: the run's entries after that are NaN.
     window = rj.warm_up(dynamics, PARAMS, 0, lr=0.1)

@@ -181,8 +181,7 @@ def test_adaptive_evaluations_are_counted():
 
 @pytest.mark.parametrize("name", ["descend", "stable", "modulated"])
 def test_diverging_lane_stays_alone(name):
-    options = EULER if name == "modulated" else {}
-    one = lambda lr: solves[name](START, steps=12, lr=lr, **options)
+    one = lambda lr: solves[name](START, steps=12, lr=lr)
     rates = STIFF if name == "stable" else RATES
     batch = jax.vmap(one)(rates)
     for i in (0, 2):
@@ -234,8 +233,9 @@ def test_a_flow_goes_on_from_a_run_and_from_itself():
     first = rj.integrate(MODULATED, window, steps=3, lr=0.3)
     rest = rj.integrate(MODULATED, first.final, steps=3, lr=0.3)
     of = lambda path: (path.steps, path.params, path.ends, path.metrics)
-    chex.assert_trees_all_equal(lane(of(whole), slice(3, None)), of(rest))
-    chex.assert_trees_all_equal(whole.final, rest.final)
+    # Not from the same program, which as the tests compile costs the last bit.
+    near(lane(of(whole), slice(3, None)), of(rest))
+    near(whole.final, rest.final)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_flow_goes_on_from_a_run_and_from_itself():
         (MODULATED, STABLE),
         (STABLE, MODULATED),
         (rj.flows.edge(SGD), MODULATED),
-        (rj.flows.rod(SGD, rank=2), ROD),
+        (ROD, rj.flows.rod(SGD, dense=True)),
         (rj.flows.covariance(SGD, rank=2), rj.flows.central(SGD)),
         (rj.flows.stable(rj.dynamics(optax.adam, quartic)), STABLE),
     ],

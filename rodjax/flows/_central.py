@@ -1,25 +1,22 @@
 """The central flow: the time average of an oscillation kept at its edge."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
+from rodjax.flows._bends import third_derivatives
 from rodjax.flows._flow import Flow
 from rodjax.flows._scope import preconditioned_start
 from rodjax.flows._tracking import STEEPEST, Tracked, top_directions, turn
-from rodjax.linalg import Complementary, complementarity, cubature, root
+from rodjax.linalg import Complementary, complementarity, cubature, root, square_root
 from rodjax.optimizer import Dynamics, State, Window, inverse_preconditioner, midpoint
 
-# Directions whose eigenvalue of P^-1 H is below this are a step and more away from an
-# edge of 2, even at 0.1 a step; their third derivatives are left out.
-NEAR = 1.9
 REPORTS: Mapping[str, str] = MappingProxyType(
     {
         "predicted_loss": "time-averaged loss that the central flow predicts",
@@ -27,9 +24,6 @@ REPORTS: Mapping[str, str] = MappingProxyType(
         "complementarity": "residual of its complementarity problem",
     }
 )
-
-
-Slope = Callable[[Float[Array, " d"]], Float[Array, " d"]]
 
 
 class CentralState(NamedTuple):
@@ -109,7 +103,7 @@ def central(dynamics: Dynamics, *, rank: int = 3, gamma: float = 4.0) -> Flow:
 
     def settle(mean: State, squares: PyTree, lr: PyTree) -> PyTree:
         """d nu/dt when the squared gradients average to `squares`."""
-        grad = jax.tree.map(_root, squares)
+        grad = jax.tree.map(square_root, squares)
         after = dynamics.respond(mean, grad, lr=lr).slow
         # With nu the second moment after its update the rate is that over what is kept.
         none = dynamics.respond(mean, optax.tree.zeros_like(grad), lr=lr).slow
@@ -135,7 +129,7 @@ def central(dynamics: Dynamics, *, rank: int = 3, gamma: float = 4.0) -> Flow:
         inverse = inverse_of(mean.slow, mean.clock)
         tracked = turn(curve, inverse, y.directions)
         u, count = tracked.directions, len(tracked.directions)
-        bends = _bends(slope_of, point, tracked)
+        bends = third_derivatives(slope_of, point, tracked)
 
         # How the preconditioner drifts without oscillation, and how X moves it.
         ticks = optax.tree.ones_like(mean.clock)
@@ -207,7 +201,7 @@ def central(dynamics: Dynamics, *, rank: int = 3, gamma: float = 4.0) -> Flow:
         report = {
             "predicted_loss": dynamics.loss(y.mean.params)
             + 0.5 * jnp.sum(x * tracked.curvature),
-            "predicted_grad_norm": jnp.sqrt(jnp.maximum(power, 0.0)),
+            "predicted_grad_norm": square_root(jnp.maximum(power, 0.0)),
             "complementarity": seen.answer.residual,
         }
         return cubature(y.mean.params, rows), report
@@ -221,83 +215,3 @@ def central(dynamics: Dynamics, *, rank: int = 3, gamma: float = 4.0) -> Flow:
         evaluations=1,
         products=float("nan"),
     )
-
-
-def _root(square: Array) -> Array:
-    """The square root, whose derivative at zero is zero."""
-    inside = square > 0
-    return jnp.where(inside, jnp.sqrt(jnp.where(inside, square, 1.0)), 0.0)
-
-
-def _bends(
-    slope_of: Slope, point: Float[Array, " d"], tracked: Tracked
-) -> Float[Array, "k k d"]:
-    """T[u_i, u_j] for the directions that could be at the edge; zero for others.
-
-    They are the costliest part of the field, so their number is decided as it runs.
-    """
-    count = len(tracked.directions)
-    sizes = jnp.abs(tracked.curvature)
-    # Gershgorin: what lies below NEAR even so is left out, with all that follow.
-    reach = jnp.sum(sizes, 1) - jnp.diag(sizes) + jnp.diag(tracked.curvature)
-    active = jnp.max(jnp.where(reach > NEAR, 1 + jnp.arange(count), 0))
-    # What the loss closes over becomes an argument, to be differentiated in.
-    slope_of = eqx.filter_closure_convert(slope_of, point)
-    found = _first_bends(slope_of, point, tracked.directions, active)
-    place = {pair: n for n, pair in enumerate(_pairs(count))}
-    index = [[place[min(i, j), max(i, j)] for j in range(count)] for i in range(count)]
-    return found[jnp.asarray(index)]
-
-
-def _pairs(count: int) -> list[tuple[int, int]]:
-    """Those of the first few directions first, however few they are."""
-    return [(i, j) for j in range(count) for i in range(j + 1)]
-
-
-def _bend(
-    slope_of: Slope,
-    point: Float[Array, " d"],
-    u: Float[Array, " d"],
-    v: Float[Array, " d"],
-) -> Float[Array, " d"]:
-    along = lambda x: jax.jvp(slope_of, (x,), (u,))[1]
-    return jax.jvp(along, (point,), (v,))[1]
-
-
-@eqx.filter_custom_jvp
-def _first_bends(
-    slope_of: Slope,
-    point: Float[Array, " d"],
-    u: Float[Array, "k d"],
-    active: Int[Array, ""],
-) -> Float[Array, "pairs d"]:
-    """The bends of all pairs of the first `active` directions, then zeros."""
-    first, second = jnp.asarray(_pairs(len(u))).T
-
-    def bend(n, bends):
-        return bends.at[n].set(_bend(slope_of, point, u[first[n]], u[second[n]]))
-
-    found = jnp.zeros((len(first), point.size), point.dtype)
-    return jax.lax.fori_loop(0, active * (active + 1) // 2, bend, found)
-
-
-@_first_bends.def_jvp
-def _first_bends_jvp(primals: tuple, tangents: tuple) -> tuple:
-    """Of a loop of fixed length, of which only branches are skipped."""
-    *parts, active = primals
-    given = jax.tree.map(
-        lambda t: t is not None, tangents[:3], is_leaf=lambda t: t is None
-    )
-    moving, fixed = eqx.partition(tuple(parts), given)
-    first, second = jnp.asarray(_pairs(len(parts[2]))).T
-
-    def all_bends(moving):
-        slope_of, point, u = eqx.combine(moving, fixed)
-
-        def bend(n):
-            there = lambda: _bend(slope_of, point, u[first[n]], u[second[n]])
-            return jax.lax.cond(second[n] < active, there, lambda: 0 * point)
-
-        return jax.lax.map(bend, jnp.arange(len(first)))
-
-    return jax.jvp(all_bends, (moving,), (tangents[:3],))

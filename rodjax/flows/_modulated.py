@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PyTree
 
 from rodjax.flows._flow import Floor, Flow, floor_size, half_step_back, shift, stack
 from rodjax.flows._ringing import ringing
+from rodjax.linalg import length
 from rodjax.optimizer import Dynamics, State, Window, alternating, midpoint
 
 # Growth rates per step for which the scalar logarithm below is used as it is.
@@ -147,8 +148,9 @@ def _size(delta: PyTree, d_delta: PyTree) -> Array:
 
     What momentum carries shows in the step it is about to make: |(F+ - F-)/2|.
     """
-    own = optax.tree.norm(delta[0])
-    kick = optax.tree.norm(optax.tree.add_scale(d_delta[0], 2.0, delta[0]))
+    own = length(delta[0])
+    # None at the first step of Adam, whose size does not depend on the gradient.
+    kick = length(optax.tree.add_scale(d_delta[0], 2.0, delta[0]))
     return jnp.maximum(jnp.hypot(own, kick), jnp.finfo(own.dtype).tiny)
 
 

@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.curvature import sharpness_ratio
+from rodjax.linalg import length, square_root
 from rodjax.optimizer import (
     Dynamics,
     Window,
@@ -71,8 +72,8 @@ def ringing(dynamics: Dynamics, window: Window, *, lr: PyTree = None) -> Ringing
     if not has_momentum(state):
         return Ringing(jnp.zeros((), dtype), jnp.asarray(-2.0, dtype))
 
-    fourth = optax.tree.norm(alternating(window, 4).params)
-    sixth = optax.tree.norm(alternating(window, 6).params)
+    fourth = length(alternating(window, 4).params)
+    sixth = length(alternating(window, 6).params)
     tiny = jnp.finfo(dtype).tiny
     everywhere = fourth * (fourth / jnp.maximum(sixth, tiny)) ** 2
 
@@ -86,17 +87,23 @@ def ringing(dynamics: Dynamics, window: Window, *, lr: PyTree = None) -> Ringing
     )
     mu = alternating_multiplier(dynamics, state, pair.value, lr=lr)
     sine = jnp.abs(jnp.imag(mu)) / jnp.abs(mu)
-    turning = jnp.sqrt(jnp.maximum(0.5 * (now**2 - before * after), 0.0))
+    turning = square_root(jnp.maximum(0.5 * (now**2 - before * after), 0.0))
     # A real multiplier does not turn: there the difference itself is the amplitude.
     size = jnp.where(sine > 0.1, turning / jnp.maximum(sine, 0.1), jnp.abs(now))
     gain = jnp.abs((2.0 - mu - 1.0 / mu) / 4.0) ** 2
     top = size * optax.tree.norm(mode) / gain
 
     ratio = jnp.clip(pair.value, 0.0, 1.0)
-    amplitude = top**ratio * everywhere ** (1.0 - ratio)
+    amplitude = _power(top, ratio) * _power(everywhere, 1.0 - ratio)
     decay = jnp.abs(alternating_multiplier(dynamics, state, HALF_WAY, lr=lr))
     # Where the linear map does not exist there is nothing to remember by.
     known = jnp.isfinite(amplitude) & (decay > 0)
     amplitude = jnp.where(known, amplitude, 0.0)
-    log_decay = jnp.where(known, jnp.log(decay), -2.0)
+    log_decay = jnp.where(known, jnp.log(jnp.where(known, decay, 1.0)), -2.0)
     return Ringing(jnp.astype(amplitude, dtype), jnp.astype(log_decay, dtype))
+
+
+def _power(base: Float[Array, ""], exponent: Float[Array, ""]) -> Float[Array, ""]:
+    """base ** exponent, which does not change with a base of zero."""
+    zero = base == 0
+    return jnp.where(zero, exponent == 0, jnp.where(zero, 1.0, base) ** exponent)

@@ -9,6 +9,7 @@ from.
 from rodjax.linalg._complementarity import Complementary, complementarity
 from rodjax.linalg._eigen import Eigenpair, Eigenpairs, top_eigenpair, top_eigenpairs
 from rodjax.linalg._elimination import root
+from rodjax.linalg._length import length, square_root
 from rodjax.linalg._lowrank import (
     cubature,
     flatten,
@@ -24,8 +25,10 @@ __all__ = [
     "complementarity",
     "cubature",
     "flatten",
+    "length",
     "orthonormal",
     "root",
+    "square_root",
     "tangent",
     "top_eigenpair",
     "top_eigenpairs",

@@ -1,9 +1,9 @@
 """Semidefinite complementarity problems of a few dimensions, inverted inside a jit."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -219,7 +219,7 @@ def complementarity(
     )
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
+@eqx.filter_custom_jvp
 def _solve(a: Array, b: Array, tol: float) -> _Iterate:
     """The solution of a scaled problem."""
     k, epsilon = len(a), float(jnp.finfo(a.dtype).eps)
@@ -238,14 +238,14 @@ def _solve(a: Array, b: Array, tol: float) -> _Iterate:
     return jax.tree.map(lambda z, e: jnp.where(psd, z, e), zero, end)
 
 
-@_solve.defjvp
-def _solve_jvp(tol: float, primals: tuple, tangents: tuple) -> tuple:
+@_solve.def_jvp
+def _solve_jvp(primals: tuple, tangents: tuple) -> tuple:
     """By one solve with the operator of Newton's method, as it is at the solution.
 
     From X S = 0, on eigenvectors of x, s > 0: dS = 0 among those of X, dX = 0 among
     those of S, and s dX + x dS = 0 between them, where dS = dA + dB[X] + B[dX].
     """
-    (a, b), (da, db) = primals, tangents
+    (a, b, tol), (da, db, _) = primals, tangents
     end = _solve(a, b, tol)
     nothing = jnp.all(end.x == 0)
     both = inverse(end.s + jnp.where(nothing, jnp.eye(len(a), dtype=a.dtype), end.x))
@@ -257,10 +257,10 @@ def _solve_jvp(tol: float, primals: tuple, tangents: tuple) -> tuple:
     s = 2 * _matmul(p, _matmul(end.s, p))
     # The root balances what rounding leaves of X in S against what is left of dX in S.
     z = both + p / float(jnp.finfo(a.dtype).eps) ** 0.5
-    push = da + _apply(db, end.x)
+    # No tangent at all is `None`.
+    push = (0 * a if da is None else da) + (0 if db is None else _apply(db, end.x))
     push = (push + push.T) / 2
     dx = jnp.where(nothing, 0, _newton_solver(b, s, z)(-push))
     moved = push + _apply(b, dx)
-    flat = lambda x: np.zeros(x.shape, jax.dtypes.float0)
-    residual, steps = jnp.zeros_like(end.residual), flat(end.iterations)
-    return end, _Iterate(dx, moved, moved, residual, steps, flat(end.done))
+    none = dict.fromkeys(("residual", "iterations", "done"))
+    return end, end._replace(x=dx, s=moved, slack=moved, **none)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-from rodjax.linalg._lanczos import Operator, Pairs, dot, lanczos, split
+from rodjax.linalg._lanczos import Operator, dot, lanczos, split
 
 # Two eigenvalues, relative to the largest, that are one as far as rounding tells; and
 # what is left of a vector's derivative: both the dtype's epsilon to this power.
@@ -160,7 +160,8 @@ def _solve_jvp(primals: tuple, tangents: tuple) -> tuple:
         d_rows += jax.vmap(
             lambda value, right: _across(operator, rows, value, right, size, level)
         )(values, outside)
-    return pairs, Pairs(jnp.diag(inside), d_rows, None, None)
+    none = dict.fromkeys(("residuals", "sweeps"))
+    return pairs, pairs._replace(values=jnp.diag(inside), rows=d_rows, **none)
 
 
 def _across(

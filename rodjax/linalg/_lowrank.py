@@ -6,6 +6,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.linalg._elimination import inverse
+from rodjax.linalg._length import square_root
 
 # Least ridge on the rows' Gram matrix: more of it and a spare row cannot grow.
 RIDGE = 1e-8
@@ -43,7 +44,7 @@ def tangent(
     tangent space of matrices of rank r.
     """
     # Scaled to unit length, a tiny row is as well determined as a long one.
-    length = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    length = square_root(jnp.sum(rows * rows, axis=1, keepdims=True))
     length = jnp.maximum(length, jnp.finfo(rows.dtype).tiny)
     unit = rows / length
     ridge = max(RIDGE, 8.0 * float(jnp.finfo(rows.dtype).eps))

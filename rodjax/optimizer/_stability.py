@@ -91,8 +91,9 @@ def coordinate_thresholds(
     def root(free, response):
         shifted = free + jnp.eye(len(response), dtype=free.dtype)
         slope = jnp.linalg.det(shifted.at[:, 0].set(response))
-        edge = -jnp.linalg.det(shifted) / slope
-        return jnp.where(slope == 0, jnp.inf, edge)
+        none = slope == 0
+        edge = -jnp.linalg.det(shifted) / jnp.where(none, 1.0, slope)
+        return jnp.where(none, jnp.inf, edge)
 
     return jax.tree.map(jnp.vectorize(root, signature="(n,n),(n)->()"), free, response)
 

@@ -16,6 +16,8 @@ from rodjax.solve._trajectory import Trajectory
 class Comparison(NamedTuple):
     """A flow against a run, at the T saved moments; printing it gives a summary.
 
+    Of several lanes (leading axes, from a vmap) what is printed are medians.
+
     - `steps`: [T], the run's steps.
     - `distance`: [T], Euclidean distance over all saved parameters between the flow's
       centre and the run's midpoint, second-order or half-step as the flow models it.
@@ -32,41 +34,53 @@ class Comparison(NamedTuple):
     evaluations: Float[Array, "*batch"]
     diverged_at: Float[Array, "*batch"]
 
-    def summary(self) -> dict[str, Any]:
-        """The comparison in a few floats, of finite entries only; see `SUMMARIES`.
+    def summary(self) -> dict[str, float]:
+        """The comparison in a few floats; finite entries only.
 
         `final_*` is the last entry before a divergence, `mean_distance` the mean over
         all, `median_sharpness_ratio` the median over the last third (NaN without the
-        metric `edge_of_stability`). Of several lanes each is an array of their shape.
+        metric `edge_of_stability`).
+
+        **Raises** `ValueError` for several lanes: take one of them first.
         """
+        if jnp.ndim(self.diverged_at):
+            raise ValueError(
+                f"this comparison has lanes of shape {jnp.shape(self.diverged_at)}: "
+                "take one, jax.tree.map(lambda x: x[i], comparison), or print all"
+            )
         nothing = jnp.full_like(self.distance, jnp.nan)
         values = self.flow | {"distance": self.distance}
         return {
-            name: _each_lane(found.reduce, values.get(found.source, nothing))
+            name: found.reduce(values.get(found.source, nothing))
             for name, found in SUMMARIES.items()
         } | {
-            "update_evaluations": _each_lane(float, self.evaluations, depth=0),
-            "diverged_at": _each_lane(float, self.diverged_at, depth=0),
+            "update_evaluations": float(self.evaluations),
+            "diverged_at": float(self.diverged_at),
         }
 
     def __str__(self) -> str:
-        """The summary, and the run's own last values; of several lanes the medians."""
-        rows = self.summary()
-        for name in ("mean_loss", "amplitude"):
-            rows[f"final_{name}"] = _each_lane(last_finite, self.flow[name])
-            rows[f"final_{name} (run)"] = _each_lane(last_finite, self.run[name])
-        shape = np.shape(self.evaluations)
+        shape = jnp.shape(self.diverged_at)
         if not shape:
-            return "\n".join(f"{name:24} {value:.6g}" for name, value in rows.items())
-        diverged = np.isfinite(rows.pop("diverged_at"))
-        medians = {name: _of_finite(np.median, value) for name, value in rows.items()}
-        return "\n".join(
-            [
-                f"lanes of shape {shape}, in {diverged.sum()} of which the flow "
-                "diverged; medians over them:",
-                *(f"{name:24} {value:.6g}" for name, value in medians.items()),
-            ]
-        )
+            return _lines(self._rows())
+        # A lane's own axes are last, and every other array is of lanes alone.
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), self)
+        count = int(np.prod(shape))
+        lanes = [jax.tree.map(lambda x, i=i: x[i], flat)._rows() for i in range(count)]
+        rows = {
+            name: _of_finite(np.median, [r[name] for r in lanes]) for name in lanes[0]
+        }
+        lost = int(np.sum(np.isfinite(self.diverged_at)))
+        head = f"medians over {count} lanes of shape {shape}, {lost} of them diverged"
+        return f"{head}\n{_lines(rows)}"
+
+    def _rows(self) -> dict[str, float]:
+        """What is printed of one lane."""
+        return self.summary() | {
+            "final_mean_loss": last_finite(self.flow["mean_loss"]),
+            "final_mean_loss (run)": last_finite(self.run["mean_loss"]),
+            "final_amplitude": last_finite(self.flow["amplitude"]),
+            "final_amplitude (run)": last_finite(self.run["amplitude"]),
+        }
 
 
 def compare(run: Trajectory, flow: Trajectory) -> Comparison:
@@ -217,3 +231,7 @@ def _of_finite(reduce: Any, values: Any) -> float:
 
 def _squares(difference: Array, depth: int) -> PyTree:
     return jnp.sum(difference**2, axis=tuple(range(depth, difference.ndim)))
+
+
+def _lines(rows: Mapping[str, float]) -> str:
+    return "\n".join(f"{name:24} {value:.6g}" for name, value in rows.items())

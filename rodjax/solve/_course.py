@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from rodjax.flows import Flow, stack
+from rodjax.linalg import length
 from rodjax.optimizer import REACH, Dynamics, Window, alternating, midpoint, slide
 from rodjax.solve._trajectory import Reached, Snapshot
 
@@ -93,7 +94,7 @@ def descent(dynamics: Dynamics, lr: PyTree, every: int) -> Course:
             step=window.step,
             centre=midpoint(window),
             ends=stack(window.at(0).params, window.at(1).params),
-            amplitude=optax.tree.norm(alternating(window).params),
+            amplitude=length(alternating(window).params),
             report={},
         )
 
@@ -135,7 +136,7 @@ def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
         centre, (ends, report) = flow.centre(y), flow.observe(y, lr=lr)
         apart = jax.tree.map(lambda e, c: e - c[None], ends, centre.params)
         count = jax.tree.leaves(ends)[0].shape[0]
-        amplitude = optax.tree.norm(apart) / count**0.5
+        amplitude = length(apart) / count**0.5
         return Snapshot(at.time + flow.offset, centre, ends, amplitude, report)
 
     def advance(at: Reached) -> tuple[Reached, Array, Array]:
