@@ -1,12 +1,14 @@
 """The minimal example of the edge of stability: what each flow makes of it."""
 
-import dataclasses
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import field, walk
 
 import rodjax as rj
 from rodjax.flows import (
@@ -28,7 +30,7 @@ SGD = rj.dynamics(optax.sgd(ETA), VALLEY.loss)
 EDGE = 2.0 / ETA
 #: The cycle x = ±SWING at height LEVEL, which gradient descent keeps.
 SWING, LEVEL = (2.0 * EPS) ** 0.5, EDGE + 2.0 * EPS * ZETA
-# The toy has no rounding to grow from: x = 0 is invariant, so there is no seed.
+# The toy has no rounding to grow from: x = 0 is invariant, so there is no floor.
 FLOWS = {
     "central": central(SGD),
     "edge": edge(SGD, floor=0.0),
@@ -53,35 +55,46 @@ def norm(*trees):
     return float(optax.tree.norm(trees))
 
 
-def field(flow, y):
-    return jax.jit(flow.vector_field)(0.0, y, None)
+class Path(NamedTuple):
+    """A run or a flow at all whole steps."""
+
+    steps: Any
+    height: Any
+    amplitude: Any
 
 
-@pytest.fixture(scope="module")
-def solve():
-    """(name or "run", start) -> its trajectory from a window on, remembered."""
-    done = {}
+@lru_cache
+def walker(name):
+    """Window -> height and amplitude at whole steps, by Heun's method."""
+    flow = FLOWS[name]
 
-    def solved(name, start):
-        if (name, start) not in done:
-            begin = rj.warm_up(SGD, point(*start), WARM)
-            done[name, start] = (
-                rj.descend(SGD, begin, STEPS)
-                if name == "run"
-                else rj.integrate(FLOWS[name], begin, STEPS)
-            )
-        return done[name, start]
+    def look(y):
+        centre, ends = flow.centre(y).params, flow.observe(y, lr=None)[0]
+        off = jax.tree.map(lambda e, c: e - c[None], ends, centre)
+        return centre["y"], optax.tree.norm(off) / len(ends["y"]) ** 0.5
 
-    return solved
+    def states(begin):
+        y = flow.init(begin, lr=None, key=jax.random.key(0))
+        return jax.vmap(look)(walk(flow, y, STEPS))
+
+    return jax.jit(states)
 
 
-def height(path):
-    return np.asarray(path.params["y"])
+@lru_cache
+def solve(name, start):
+    """The path from a window on, of a flow or of the "run"."""
+    begin = rj.warm_up(SGD, point(*start), WARM)
+    steps = WARM + np.arange(STEPS + 1.0)
+    if name == "run":
+        run = rj.descend(SGD, begin, STEPS)
+        return Path(steps, np.asarray(run.params["y"]), run.metrics["amplitude"])
+    steps = steps + FLOWS[name].offset
+    return Path(steps, *map(np.asarray, walker(name)(begin)))
 
 
 def onset(path):
     """The first step at which the amplitude rises through half the cycle's."""
-    size = np.asarray(path.metrics["amplitude"])
+    size = np.asarray(path.amplitude)
     up = (size[:-1] < SWING / 2) & (size[1:] >= SWING / 2)
     return float(path.steps[1:][np.argmax(up)]) if up.any() else np.inf
 
@@ -151,10 +164,8 @@ def test_covariance_is_stationary_at_two_over_eta():
 
 
 def orbit(flow, y):
-    path = rj.integrate(
-        dataclasses.replace(flow, init=lambda *_, **__: y), VALLEY.params, 1200
-    )
-    return np.asarray(path.metrics["amplitude"]), height(path)
+    """The states of 1200 steps."""
+    return jax.jit(lambda y: walk(flow, y, 1200))(y)
 
 
 def test_edge_orbits_undamped():
@@ -162,7 +173,8 @@ def test_edge_orbits_undamped():
 
     The mean of eta y - 2 is the growth of ln r, so over an orbit nothing.
     """
-    r, y = orbit(FLOWS["edge"], on_edge(EDGE, 0.3))
+    path = orbit(FLOWS["edge"], on_edge(EDGE, 0.3))
+    r, y = np.asarray(path.radius), np.asarray(path.mean.params["y"])
     energy = 0.5 * (ETA * y - 2.0) ** 2 + ETA**2 * (r**2 / 4 - EPS * np.log(r))
     np.testing.assert_allclose(energy, energy[0], rtol=1e-3)
     assert np.ptp(y) > 0.2 and np.ptp(y[-300:]) > 0.9 * np.ptp(y)
@@ -171,8 +183,8 @@ def test_edge_orbits_undamped():
 
 def test_covariance_orbits_undamped():
     """E = eta^2 y^3 / 3 - eta y^2 + eta (s / 2 - eps ln s) is, with s = |Sigma|."""
-    size, y = orbit(covariance(SGD, rank=1, floor=0.0), on_covariance(EDGE, [0.3]))
-    s = size**2
+    path = orbit(covariance(SGD, rank=1, floor=0.0), on_covariance(EDGE, [0.3]))
+    s, y = np.asarray(path.factor["x"][:, 0]) ** 2, np.asarray(path.mean.params["y"])
     energy = ETA**2 * y**3 / 3 - ETA * y**2 + ETA * (s / 2 - EPS * np.log(s))
     swing = np.ptp(ETA * (s / 2 - EPS * np.log(s)))
     np.testing.assert_allclose(energy, energy[0], atol=1e-2 * swing)
@@ -183,33 +195,34 @@ def test_covariance_orbits_undamped():
 
 
 @pytest.mark.parametrize("name", ["run", "modulated", "bundle"])
-def test_settles_on_the_cycle(solve, name):
+def test_settles_on_the_cycle(name):
     path = solve(name, NEAR)
-    np.testing.assert_allclose(height(path)[-300:].mean(), LEVEL, atol=2e-4)
-    np.testing.assert_allclose(height(path)[-1], LEVEL, atol=2e-3)
-    np.testing.assert_allclose(path.metrics["amplitude"][-1], SWING, rtol=0.02)
+    np.testing.assert_allclose(path.height[-300:].mean(), LEVEL, atol=2e-4)
+    np.testing.assert_allclose(path.height[-1], LEVEL, atol=2e-3)
+    np.testing.assert_allclose(path.amplitude[-1], SWING, rtol=0.02)
 
 
 @pytest.mark.parametrize("start", [NEAR, FAR])
-def test_central_holds_the_edge_exactly(solve, start):
+def test_central_holds_the_edge_exactly(start):
     path = solve("central", start)
-    np.testing.assert_allclose(height(path)[-300:], EDGE, rtol=1e-9)
-    np.testing.assert_allclose(path.metrics["amplitude"][-300:], SWING, rtol=1e-6)
+    np.testing.assert_allclose(path.height[-300:], EDGE, rtol=1e-9)
+    np.testing.assert_allclose(path.amplitude[-300:], SWING, rtol=1e-6)
     # It cannot overshoot: the oscillation is there as soon as the edge is.
-    assert height(path).max() < EDGE + 1e-6
+    assert path.height.max() < EDGE + 1e-6
 
 
 @pytest.mark.parametrize("start", [NEAR, FAR])
-def test_onset_of_gradient_descent_is_delayed(solve, start):
+def test_onset_of_gradient_descent_is_delayed(start):
     """While x is small y rises by eta eps, and x multiplies by 1 - eta y.
 
     What it lost below the edge it must regain above: the flow that remembers how much
     that was is late by as much; the central flow is at the edge when it gets there.
     """
-    y = solve("run", start).params["y"][0] + ETA * EPS * np.arange(STEPS)
-    size = solve("run", start).metrics["amplitude"][0] * np.cumprod(abs(1.0 - ETA * y))
-    late = WARM + 1 + int(np.argmax((size > SWING / 2) & (y > EDGE)))
-    found = onset(solve("run", start))
+    run = solve("run", start)
+    y = run.height[0] + ETA * EPS * np.arange(STEPS)
+    growth = np.cumsum(np.log(abs(1.0 - ETA * y))) + np.log(run.amplitude[0])
+    late = WARM + 1 + int(np.argmax((growth > np.log(SWING / 2)) & (y > EDGE)))
+    found = onset(run)
     assert abs(late - found) < 0.015 * found
     assert abs(onset(solve("modulated", start)) - found) < 0.005 * found
     reached = (EDGE - start[1]) / (ETA * EPS)
@@ -217,11 +230,11 @@ def test_onset_of_gradient_descent_is_delayed(solve, start):
 
 
 @pytest.mark.parametrize("start", [NEAR, FAR])
-def test_onset_of_the_edge_flow(solve, start):
+def test_onset_of_the_edge_flow(start):
     """r grows by eta y - 2, so it has regained as soon above the edge as below."""
     path = solve("edge", start)
-    t, r = np.arange(STEPS), path.metrics["amplitude"][0]
-    y = float(path.params["y"][0]) + ETA * EPS * t
+    t, r = np.arange(STEPS), path.amplitude[0]
+    y = float(path.height[0]) + ETA * EPS * t
     growth = np.cumsum(ETA * y - 2.0) + np.log(r)
     late = WARM + 1 + int(np.argmax((growth > np.log(SWING / 2)) & (y > EDGE)))
     assert abs(onset(path) - late) < 0.015 * late
@@ -229,14 +242,12 @@ def test_onset_of_the_edge_flow(solve, start):
     assert onset(path) < onset(solve("run", start)) - 5
 
 
-def test_single_rod_misses_the_onset_and_two_catch_it(solve):
+def test_single_rod_misses_the_onset_and_two_catch_it():
     """The lone rod points along the drift, of length eta eps / 2, and y rises on."""
     lost = solve("rod", NEAR)
-    np.testing.assert_allclose(np.diff(height(lost))[-300:], ETA * EPS, rtol=1e-6)
-    np.testing.assert_allclose(
-        lost.metrics["amplitude"][-300:], ETA * EPS / 2, rtol=1e-4
-    )
+    np.testing.assert_allclose(np.diff(lost.height)[-300:], ETA * EPS, rtol=1e-6)
+    np.testing.assert_allclose(lost.amplitude[-300:], ETA * EPS / 2, rtol=1e-4)
     caught, run = solve("bundle", NEAR), solve("run", NEAR)
     assert abs(onset(caught) - onset(run)) < 0.05 * onset(run)
     # From far below what is left of the second rod is rounding.
-    assert height(solve("bundle", FAR))[-1] > EDGE + 3.0
+    assert solve("bundle", FAR).height[-1] > EDGE + 3.0

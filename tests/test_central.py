@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import lane
 from jax.flatten_util import ravel_pytree
 from scipy.linalg import eigh
 
@@ -31,7 +32,7 @@ VALLEYS = rj.dynamics(optax.sgd(ETA), pair_of_valleys)
 def test_two_equal_eigenvalues_return_to_the_edge_at_rate_gamma(above):
     # A + B[X] = 0 says 2 - eta (y + y'/gamma) = 0, of each valley by itself.
     begin = {"x": jnp.zeros(2), "y": 2 / ETA + jnp.array([above, 0.5 * above])}
-    flow = central(VALLEYS, top=3, gamma=GAMMA)
+    flow = central(VALLEYS, rank=3, gamma=GAMMA)
     path = rj.integrate(flow, begin, steps=3, substeps=32)
     decay = np.exp(-GAMMA * np.arange(4))[:, None]
     truth = 2 / ETA + np.array([above, 0.5 * above]) * decay
@@ -177,9 +178,9 @@ def test_field_is_the_dense_one(name):
         nu, entries, schedule, corrected
     )
     assert top > 2.2
-    flow = central(rj.dynamics(optimizer, bent), top=2, gamma=GAMMA)
+    flow = central(rj.dynamics(optimizer, bent), rank=2, gamma=GAMMA)
     lr = jnp.asarray(lr)
-    y = jax.jit(flow.init)(POINT, lr, KEY)
+    y = jax.jit(lambda lr: flow.init(POINT, lr=lr, key=KEY))(lr)
     unravel = ravel_pytree(y.mean.slow)[1]
     mean = y.mean._replace(
         slow=unravel(jnp.asarray(nu)), clock=optax.tree.full_like(y.mean.clock, STEP)
@@ -196,7 +197,7 @@ def test_field_is_the_dense_one(name):
     assert all(float(rate) == 1.0 for rate in jax.tree.leaves(field.mean.clock))
     # An exact eigenspace has nowhere to turn.
     np.testing.assert_allclose(field.directions, 0.0, atol=1e-9)
-    _, report = jax.jit(flow.observe)(y, lr)
+    _, report = jax.jit(lambda y, lr: flow.observe(y, lr=lr))(y, lr)
     np.testing.assert_allclose(report["predicted_loss"], predicted, rtol=1e-4)
     np.testing.assert_allclose(report["predicted_grad_norm"], norm, rtol=1e-4)
     assert float(report["complementarity"]) < 1e-9
@@ -218,7 +219,7 @@ def test_lanes_with_and_without_an_edge_share_a_program():
     begin = rj.warm_up(dynamics, problem.params, 20, lr=0.5)
     flow = central(dynamics)
     rates = jnp.array([0.2, 0.9, 1.4], jnp.float32)
-    y = jax.vmap(flow.init, (None, 0, None))(begin, rates, KEY)
+    y = jax.vmap(lambda lr: flow.init(begin, lr=lr, key=KEY))(rates)
 
     @jax.jit
     def look(y, lr):
@@ -231,7 +232,7 @@ def test_lanes_with_and_without_an_edge_share_a_program():
     assert float(lanes[1][0]) < 1e-7 and float(lanes[1][2]) > 1e-4
     assert float(lanes[2]["complementarity"].max()) < 1e-3
     for i in range(3):
-        alone = look(jax.tree.map(lambda x, i=i: x[i], y), rates[i])
+        alone = look(lane(y, i), rates[i])
         size = float(optax.tree.norm(alone[0]))
         jax.tree.map(
             lambda a, b, i=i, size=size: np.testing.assert_allclose(
@@ -247,10 +248,10 @@ def test_directions_follow_the_top_eigenspace():
     problem = rj.problems.digits_mlp(40, widths=(8,))
     dynamics = rj.dynamics(optax.sgd(0.5), problem.loss)
     begin = rj.warm_up(dynamics, problem.params, 20)
-    path = rj.integrate(central(dynamics, top=2), begin, 40, every=40)
-    truth = rj.hessian_eigenpairs(dynamics.loss, path.final.mean.params, 2)
+    path = rj.integrate(central(dynamics, rank=2), begin, 40, every=40)
+    truth = rj.hessian_eigenpairs(dynamics.loss, path.final.state.mean.params, 2)
     flat = jax.vmap(lambda v: ravel_pytree(v)[0])(truth.vectors)
-    own = path.final.directions
+    own = path.final.state.directions
     own = own / jnp.linalg.norm(own, axis=1)[:, None]
     inside = jnp.linalg.norm(own @ flat.T, axis=1)
     np.testing.assert_allclose(inside, 1.0, atol=1e-3)
@@ -264,7 +265,7 @@ def test_reference_problem():
     metrics = [rj.edge_of_stability(dynamics)]
     run = rj.descend(dynamics, begin, 360, metrics=metrics)
     path = rj.integrate(central(dynamics), begin, 360, metrics=metrics)
-    assert float(rj.compare(path, run).distance[240]) < 1.2 * 0.044
+    assert float(rj.compare(run, path).distance[240]) < 1.2 * 0.044
     np.testing.assert_allclose(path.metrics["sharpness_ratio"][80:], 1.0, atol=1e-3)
     assert float(path.metrics["complementarity"].max()) < 1e-8
     # Time averages over the run's bursts of oscillation, some 120 steps apart.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import unchecked
 
 from rodjax.linalg import complementarity
 
@@ -220,10 +221,86 @@ def test_tolerance_saves_iterations():
     assert loose.iterations < solve(a, b).iterations
 
 
-def test_rejects_wrong_shapes():
-    with pytest.raises(ValueError, match="a must be a square"):
-        complementarity(jnp.ones((2, 3)), jnp.ones((2, 2, 2, 2)))
-    with pytest.raises(ValueError, match="a must be a square"):
-        complementarity(jnp.ones((0, 0)), jnp.ones((0, 0, 0, 0)))
-    with pytest.raises(ValueError, match="b must have shape"):
-        complementarity(jnp.eye(2), jnp.ones((3, 3, 3, 3)))
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ((2, 3), 2, "a must be a square"),
+        ((0, 0), 0, "a must be"),
+        ((2, 2), 3, "b must"),
+    ],
+)
+def test_rejects_wrong_shapes(a, b, message):
+    with unchecked(), pytest.raises(ValueError, match=message):
+        complementarity(jnp.ones(a), jnp.ones((b,) * 4))
+
+
+@jax.jit
+def differentiated(a, b, da, db, weight):
+    """The solution's tangent, and the same product with `weight` in reverse."""
+    solution, moved = jax.jvp(complementarity, (a, b), (da, db))
+
+    def against(a, b):
+        solution = complementarity(a, b)
+        return jnp.sum(weight * (solution.x + solution.slack))
+
+    back = jax.grad(against, (0, 1))(a, b)
+    return solution, moved, jnp.sum(back[0] * da) + jnp.sum(back[1] * db), back
+
+
+@pytest.mark.parametrize(
+    "k, rank", [(1, 0), (1, 1), (2, 1), *((3, r) for r in range(4))]
+)
+def test_derivative_along_a_path_of_known_solutions(k, rank):
+    # X and S move with their eigenvectors and B at will; A is what they ask for.
+    rng = np.random.default_rng(10 * k + rank)
+    here = np.arange(k) < rank
+    q = np.linalg.qr(rng.normal(size=(k, k)))[0]
+    skew = rng.normal(size=(k, k))
+    skew = skew - skew.T
+
+    def of(spectrum, change):
+        m = q * spectrum @ q.T
+        return m, skew @ m - m @ skew + q * change @ q.T
+
+    x, dx = of(here * [0.5, 1, 2][:k], here * rng.normal(size=k))
+    s, ds = of(~here * [0.3, 1, 2][:k], ~here * rng.normal(size=k))
+    b, db = full(k, rng), gram(symmetric(rng, 2, k))
+    apply = lambda b, x: np.einsum("ijkl,kl->ij", b, x)
+    a, da = s - apply(b, x), ds - apply(db, x) - apply(b, dx)
+    weight = symmetric(rng, k)
+    solution, moved, product, back = differentiated(a, b, da, db, weight)
+    np.testing.assert_allclose(solution.x, x, atol=1e-6)
+    size = np.abs(dx).max() + np.abs(ds).max()
+    np.testing.assert_allclose(moved.x, dx, atol=2e-6 * size)
+    np.testing.assert_allclose(moved.slack, ds, atol=5e-6 * size)
+    assert moved.residual == 0
+    expected = np.sum(weight * (moved.x + moved.slack))
+    np.testing.assert_allclose(product, expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(back[0], back[0].T, atol=1e-12)
+
+
+def test_derivative_agrees_with_differences():
+    rng = np.random.default_rng(8)
+    a, b = symmetric(rng, 3) - 0.5 * np.eye(3), full(3, rng)
+    da, db = symmetric(rng, 3), gram(symmetric(rng, 2, 3))
+    solution, moved, *_ = differentiated(a, b, da, db, np.eye(3))
+    # Something is at the edge, and something is not.
+    assert 0 < np.sum(np.linalg.eigvalsh(solution.x) > 1e-3) < 3
+    h = 1e-3
+    ahead, behind = solve(a + h * da, b + h * db), solve(a - h * da, b - h * db)
+    slope = (ahead.x - behind.x) / (2 * h)
+    np.testing.assert_allclose(moved.x, slope, atol=1e-3 * np.abs(slope).max())
+
+
+def test_derivatives_of_lanes_with_and_without_an_edge():
+    rng = np.random.default_rng(9)
+    a = np.stack([symmetric(rng, 3) - np.eye(3), np.eye(3), np.zeros((3, 3))])
+    b = np.stack([full(3, rng) for _ in a])
+    da, weight = symmetric(rng, 3), np.eye(3)
+    lanes = jax.vmap(lambda a, b: differentiated(a, b, da, 0 * b, weight))(a, b)
+    alone = differentiated(a[0], b[0], da, 0 * b[0], weight)
+    np.testing.assert_allclose(lanes[1].x[0], alone[1].x, rtol=1e-5, atol=1e-6)
+    # No curvature to balance: X stays zero, and the slack is A.
+    np.testing.assert_array_equal(lanes[1].x[1:], 0)
+    np.testing.assert_allclose(lanes[1].slack[1:], np.stack([da, da]), atol=1e-14)
+    np.testing.assert_allclose(lanes[2][1:], np.trace(da), rtol=1e-12)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import field, heun
 from scipy.linalg import expm
 
 import rodjax as rj
-from rodjax.flows import CovarianceState
-from rodjax.flows import covariance
+from rodjax.flows import CovarianceState, covariance
 
 KEY = jax.random.key(0)
 ETA = 0.55
@@ -23,24 +23,9 @@ def at(dynamics, w, rows, lr=None):
     return CovarianceState(dynamics.init(w, lr=lr), jnp.asarray(rows))
 
 
-def field(flow, y):
-    return jax.jit(flow.vector_field)(0.0, y, None)
-
-
 def solve(flow, y, steps, parts=64):
-    """Heun's method in a bare loop, which compiles quickly."""
-
-    @jax.jit
-    def run(y):
-        def heun(_, y):
-            first = flow.vector_field(0.0, y, None)
-            there = optax.tree.add_scale(y, 1.0 / parts, first)
-            second = flow.vector_field(0.0, there, None)
-            return optax.tree.add_scale(y, 0.5 / parts, optax.tree.add(first, second))
-
-        return jax.lax.fori_loop(0, steps * parts, heun, y)
-
-    return run(y)
+    """The state after so many steps."""
+    return heun(flow, substeps=parts)(y, None, steps * parts)
 
 
 def dense(h, sigma, eta, t):

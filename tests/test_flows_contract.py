@@ -434,7 +434,10 @@ def test_float32_stays_float32(name, optimizer):
 # --- whom it serves -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", set(OPTIMIZERS) - set(SERVES["preconditioned"]))
+# In an order that all workers of the suite agree on.
+@pytest.mark.parametrize(
+    "optimizer", sorted(set(OPTIMIZERS) - set(SERVES["preconditioned"]))
+)
 def test_bundle_refuses_momentum(optimizer):
     flow = rj.flows.rod(model(optimizer), rank=2)
     for where in (START, window_of(optimizer)):

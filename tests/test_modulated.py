@@ -1,18 +1,17 @@
 """The modulated flow: its split is exact, its growth and onset are the optimizer's."""
 
-import dataclasses
 from functools import partial
 
-import diffrax
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import EULER, lane, walk
 
 import rodjax as rj
-from rodjax.flows import modulated
-from rodjax.flows import shift
+from rodjax.flows import modulated, shift
 from rodjax.transforms import scalar_adam, scalar_nadam, scalar_rmsprop
 
 OPTIMIZERS = {
@@ -33,7 +32,7 @@ OPTIMIZERS = {
     "adabelief": optax.adabelief(0.01),
 }
 KEY = jax.random.key(0)
-euler = partial(rj.integrate, solver=diffrax.Euler(), substeps=1)
+same = partial(chex.assert_trees_all_close, rtol=1e-12, atol=1e-14)
 
 
 def quartic(params):
@@ -43,6 +42,16 @@ def quartic(params):
 
 
 START = {"a": jnp.array([0.8, -0.6]), "b": jnp.array(1.1)}
+
+
+def begun(flow, start, lr=None):
+    """The state at a start."""
+    return jax.jit(partial(flow.init, key=KEY))(start, lr=lr)
+
+
+def ends_of(flow, path):
+    """The two ends at every step of a path."""
+    return jax.vmap(lambda y: flow.observe(y, lr=None)[0])(path)
 
 
 @pytest.mark.parametrize(
@@ -68,19 +77,18 @@ def test_split_is_exact(name):
             both.append((shift(y1.mean, y1.delta, -side), jumped))
         return both
 
-    y = flow.init(rj.warm_up(dynamics, START, steps=9), lr=None, key=KEY)
+    y = begun(flow, rj.warm_up(dynamics, START, steps=9))
     noise = optax.tree.random_like(KEY, y.delta)
     assert bool(jnp.isfinite(y.memory))
     # The push up to what momentum still carries is no part of the split.
     y = y._replace(delta=optax.tree.scale(0.02, noise), memory=jnp.zeros(()))
-    same = lambda a, b: np.testing.assert_allclose(a, b, 1e-12, 1e-14)
     (up, jumped_up), (down, jumped_down) = step(y)
-    jax.tree.map(same, up.phase, jumped_up.phase)
-    jax.tree.map(same, down.phase, jumped_down.phase)
+    same(up.phase, jumped_up.phase)
+    same(down.phase, jumped_down.phase)
     # What does not alternate moves by the mean of the two, and the clock by one.
     mean = lambda a, b: 0.5 * (a + b)
-    jax.tree.map(same, up.slow, jax.tree.map(mean, jumped_up.slow, jumped_down.slow))
-    jax.tree.map(same, up.clock, jumped_up.clock)
+    same(up.slow, jax.tree.map(mean, jumped_up.slow, jumped_down.slow))
+    same(up.clock, jumped_up.clock)
 
 
 @pytest.mark.parametrize("name", ["sgd", "nesterov"])
@@ -88,18 +96,17 @@ def test_unit_steps_are_the_run(name):
     dynamics = rj.dynamics(OPTIMIZERS[name], quartic)
     flow = modulated(dynamics, bea=False, floor=0.0)
     begin = rj.warm_up(dynamics, START, steps=4)
-    y = flow.init(begin, lr=None, key=KEY)
+    y = begun(flow, begin)
     # The window's split need not sum to the iterate; make delta so that it does.
     delta = optax.tree.sub(begin.at(0).phase, y.mean.phase)
+    assert optax.tree.norm(delta[0]) > 1e-3
     y = y._replace(delta=delta, memory=jnp.zeros(()))
-    flow = dataclasses.replace(flow, init=lambda *_, **__: y)
-    path = euler(flow, begin, steps=20)
+    path = jax.jit(lambda y: walk(flow, y, 20, method=EULER, substeps=1))(y)
+    ends = ends_of(flow, path)
     run = rj.descend(dynamics, begin, steps=20)
-    assert float(path.metrics["amplitude"][0]) > 1e-3
     for t in range(21):
-        end = jax.tree.map(lambda e, t=t: e[t, t % 2], path.ends)
-        iterate = jax.tree.map(lambda e, t=t: e[t, 0], run.ends)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-10), end, iterate)
+        near = partial(chex.assert_trees_all_close, rtol=1e-10)
+        near(lane(ends, (t, t % 2)), lane(run.ends, (t, 0)))
 
 
 SLOPE = jnp.array([4.0, 1.5, 0.5])
@@ -108,50 +115,33 @@ BOWL = rj.dynamics(optax.sgd, bowl)
 ONES = jnp.ones(3)
 
 
-def plucked(**options):
-    """The modulated flow of the bowl, from ones and with its start as delta."""
-    flow = modulated(BOWL, floor=0.0, **options)
-
-    def init(start, lr, key):
-        y = flow.init(ONES, lr=lr, key=key)
-        return y._replace(delta=(start, *y.delta[1:]))
-
-    return dataclasses.replace(flow, init=init)
-
-
-def deltas(path):
-    """Of a path: delta along the sharpest direction, at every step."""
-    return np.asarray(0.5 * (path.ends[:, 0] - path.ends[:, 1])[:, 0])
+@partial(jax.jit, static_argnames=("bea", "steps", "substeps"))
+def plucked(start, lr, bea, steps, substeps):
+    """From ones and with this delta: centres, and deltas along the sharpest."""
+    flow = modulated(BOWL, bea=bea, floor=0.0)
+    y = flow.init(ONES, lr=lr, key=KEY)
+    y = y._replace(delta=(start, *y.delta[1:]))
+    path = walk(flow, y, steps, lr=lr, substeps=substeps)
+    return path.mean.params, path.delta[0][:, 0]
 
 
 def test_quadratic_in_closed_form():
     """Plain: c' = -eta H c and delta' = (eta H - 2) delta, each by itself."""
-    lr, t = 0.2, np.arange(6.0)
-    start = jnp.array([0.1, 0.0, 0.0])
-    path = rj.integrate(plucked(bea=False), start, steps=5, lr=lr, substeps=100)
-    centre = np.exp(-lr * np.outer(t, SLOPE))
-    np.testing.assert_allclose(path.params, centre, rtol=2e-4)
-    np.testing.assert_allclose(
-        deltas(path), 0.1 * np.exp((lr * 4.0 - 2.0) * t), rtol=2e-3
-    )
+    lr, t = 0.2, np.arange(7.0)
+    centre, delta = plucked(jnp.array([0.1, 0.0, 0.0]), lr, False, 6, 64)
+    np.testing.assert_allclose(centre, np.exp(-lr * np.outer(t, SLOPE)), rtol=4e-4)
+    exact = 0.1 * np.exp((lr * 4.0 - 2.0) * t)
+    np.testing.assert_allclose(delta, exact, rtol=2e-3)
 
 
-@pytest.fixture(scope="module")
-def grown():
-    """(bea, eta lambda) -> by what delta grows in a step; two compilations in all."""
-    flows = {bea: plucked(bea=bea) for bea in (True, False)}
-    start = jnp.array([1e-3, 0.0, 0.0])
-
-    def factor(bea, product):
-        lr = product / 4.0
-        delta = deltas(rj.integrate(flows[bea], start, steps=6, lr=lr, substeps=64))
-        return delta[1:] / delta[:-1]
-
-    return factor
+def grown(bea, product):
+    """By what delta grows in a step at this eta lambda."""
+    delta = plucked(jnp.array([1e-3, 0.0, 0.0]), product / 4.0, bea, 6, 64)[1]
+    return np.asarray(delta[1:] / delta[:-1])
 
 
 @pytest.mark.parametrize("product", [2.05, 2.2, 2.4, 2.6])
-def test_growth_is_exact(grown, product):
+def test_growth_is_exact(product):
     exact = product - 1.0
     np.testing.assert_allclose(grown(True, product), exact, rtol=1e-3)
     # Uncorrected, delta grows by exp(exact - 1).
@@ -159,28 +149,38 @@ def test_growth_is_exact(grown, product):
 
 
 @pytest.mark.parametrize("product", [1.0, 1.5, 1.9])
-def test_decays_below_the_threshold(grown, product):
+def test_decays_below_the_threshold(product):
     assert np.all(grown(True, product) < 1.0)
     if product > 1.8:  # as exactly as above, not far from the threshold
         np.testing.assert_allclose(grown(True, product), product - 1.0, rtol=1e-3)
 
 
-@pytest.mark.parametrize("floor, least", [(0.0, 0.0), (1e-9, 1e-9), (1e-6, 1e-6)])
-def test_floor_is_the_least_delta(floor, least):
-    flow = modulated(BOWL, floor=floor)
-    path = rj.integrate(flow, ONES, steps=15, lr=0.3, substeps=8)
-    size = np.asarray(path.metrics["amplitude"])
-    norm = np.linalg.norm(path.params, axis=1)
-    if not floor:
-        # To rounding: compiled together, the two ends may be rounded differently.
-        assert np.all(size < 1e-15 * norm[0])
-        y = flow.init(ONES, lr=jnp.asarray(0.3), key=KEY)
-        with jax.disable_jit():
-            field = flow.vector_field(0.0, y, jnp.asarray(0.3))
-        assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(field.delta))
-    else:
-        np.testing.assert_allclose(size[0], floor * norm[0], rtol=1e-6)
-        assert np.all(size > 0.2 * least * norm) and np.all(size < 5 * least * norm)
+@jax.jit
+def floored(floor):
+    """Size of delta and of the centre along the bowl, the floor being data."""
+    flow = modulated(BOWL, floor=lambda lr: floor)
+    y = flow.init(ONES, lr=jnp.asarray(0.3), key=KEY)
+    path = walk(flow, y, 15, lr=0.3, substeps=8)
+    norm = partial(jnp.linalg.norm, axis=1)
+    return norm(path.delta[0]), norm(path.mean.params)
+
+
+@pytest.mark.parametrize("floor", [1e-9, 1e-6])
+def test_floor_is_the_least_delta(floor):
+    size, norm = floored(floor)
+    np.testing.assert_allclose(size[0], floor * norm[0], rtol=1e-6)
+    assert np.all(size > 0.2 * floor * norm) and np.all(size < 5 * floor * norm)
+
+
+def test_without_a_floor_there_is_no_delta():
+    size, norm = floored(0.0)
+    # To rounding: compiled together, the two ends may be rounded differently.
+    assert np.all(size < 1e-15 * norm[0])
+    flow, lr = modulated(BOWL, floor=0.0), jnp.asarray(0.3)
+    y = flow.init(ONES, lr=lr, key=KEY)
+    with jax.disable_jit():
+        field = flow.vector_field(0.0, y, lr)
+    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(field.delta))
 
 
 def test_default_floor_is_what_rounding_gives_one_direction():
@@ -212,27 +212,28 @@ VALLEY = rj.problems.berthier(initial=(0.0, 5.0))
 SGD = rj.dynamics(optax.sgd(ETA), VALLEY.loss)
 
 
-def onset(path):
-    """The first step at which the oscillation is as large as it will stay."""
-    return int(jnp.argmax(path.metrics["amplitude"] > 0.1))
-
-
 @pytest.fixture(scope="module")
-def floored():
-    solve = lambda floor: rj.integrate(
-        modulated(SGD, floor=floor), VALLEY.params, steps=1200
-    )
+def risen():
+    """floor -> height and size of delta along 1200 steps."""
+
+    def solve(floor):
+        flow = modulated(SGD, floor=floor)
+        path = jax.jit(lambda y: walk(flow, y, 1200))(begun(flow, VALLEY.params))
+        size = jax.vmap(optax.tree.norm)(path.delta[0])
+        return np.asarray(path.mean.params["y"]), np.asarray(size)
+
     return {floor: solve(floor) for floor in (None, 1e-8, 1e-4)}
 
 
-def test_roundoff_settles_at_the_edge(floored):
-    y = np.asarray(floored[None].params["y"])
+def test_roundoff_settles_at_the_edge(risen):
+    y, _ = risen[None]
     assert abs(y[-1] * ETA / 2 - 1) < 0.03
     assert abs(y[-300:].mean() * ETA / 2 - 1) < 0.03
 
 
-def test_larger_floor_is_earlier(floored):
-    ends = [onset(path) for path in floored.values()]
+def test_larger_floor_is_earlier(risen):
+    # The first step at which the oscillation is as large as it will stay.
+    ends = [int(np.argmax(size > 0.1)) for _, size in risen.values()]
     assert 0 < ends[2] < ends[1] - 10 < ends[0] - 20
 
 
@@ -240,11 +241,11 @@ def test_larger_floor_is_earlier(floored):
 def test_no_gradient_no_nan(name):
     """A parameter that the loss ignores has a second moment of zero for ever."""
     half = lambda params: 0.5 * params["used"] ** 2
-    dynamics = rj.dynamics(OPTIMIZERS[name], half)
+    flow = modulated(rj.dynamics(OPTIMIZERS[name], half))
     start = {"used": jnp.array(1.0), "idle": jnp.array([1.0, -2.0])}
-    path = rj.integrate(modulated(dynamics), start, steps=5)
-    assert bool(jnp.isnan(path.diverged_at))
-    assert 0.5 < float(path.params["used"][-1]) < 0.99
-    # Still, but for a seed that is pushed out and pulled in at random.
-    drift = path.params["idle"] - start["idle"][None]
+    path = jax.jit(lambda y: walk(flow, y, 5))(begun(flow, start))
+    chex.assert_tree_all_finite(path)
+    assert 0.5 < float(path.mean.params["used"][-1]) < 0.99
+    # Still, but for a floor that is pushed out and pulled in at random.
+    drift = path.mean.params["idle"] - start["idle"][None]
     assert float(jnp.max(jnp.abs(drift))) < 1e-10

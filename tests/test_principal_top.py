@@ -5,12 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.flatten_util import ravel_pytree
-from test_gradient import solve
+from helpers import Traced, dense_hessian, lane, runge_kutta
 
 import rodjax as rj
-from rodjax.flows import principal
-from rodjax.flows import igr
+from rodjax.flows import igr, principal
 
 KEY = jax.random.key(0)
 SPECTRUM = np.array([2.4, 0.8, 0.5, -0.3])
@@ -19,9 +17,8 @@ SPECTRUM = np.array([2.4, 0.8, 0.5, -0.3])
 def test_top_in_closed_form():
     """|1 - eta l|^t along the top two, which climb and descend, and IGR on the rest."""
     problem = rj.problems.quadratic(SPECTRUM)
-    dynamics = rj.dynamics(optax.sgd, problem.loss)
-    flow = principal(dynamics, rank=2)
-    path = jax.jit(lambda w: solve(flow, w, jnp.asarray(1.0), 6))(problem.params)
+    flow = principal(rj.dynamics(optax.sgd(1.0), problem.loss), rank=2)
+    path = jax.jit(lambda w: runge_kutta(flow, w, 6, lr=None))(problem.params)
     rate = np.append(
         np.log(np.abs(1 - SPECTRUM[:2])), -(SPECTRUM + SPECTRUM**2 / 2)[2:]
     )
@@ -30,36 +27,39 @@ def test_top_in_closed_form():
     np.testing.assert_allclose(np.abs(path.directions[-1]), np.eye(2, 4), atol=1e-6)
 
 
+def first_field(flow, params):
+    """The rate at the start."""
+
+    @jax.jit
+    def rate(params):
+        return flow.vector_field(0.0, flow.init(params, lr=None, key=KEY), None)
+
+    return rate(params)
+
+
 @pytest.mark.parametrize("rank", [4, 9])
 def test_top_of_all_is_the_exact_flow_below_one(rank):
     problem = rj.problems.quadratic(SPECTRUM[1:], seed=5)
-    dynamics = rj.dynamics(optax.sgd, problem.loss)
-    lr, fields = jnp.asarray(1.1), []
-    for flow in (principal(dynamics), principal(dynamics, rank=rank)):
-        y = flow.init(problem.params, lr=lr, key=KEY)
-        fields.append(flow.vector_field(0.0, y, lr).mean.params["w"])
-    np.testing.assert_allclose(fields[1], fields[0], rtol=1e-6)
+    dynamics = rj.dynamics(optax.sgd(1.1), problem.loss)
+    exact, top = (
+        first_field(flow, problem.params).mean.params["w"]
+        for flow in (principal(dynamics), principal(dynamics, rank=rank))
+    )
+    np.testing.assert_allclose(top, exact, rtol=1e-6)
 
 
 def test_top_of_a_schedule_from_zero():
     bowl = rj.problems.quadratic(SPECTRUM)
     warm = optax.linear_schedule(0.0, 0.5, 10)
     flow = principal(rj.dynamics(optax.sgd(warm), bowl.loss), rank=2)
-    dy = flow.vector_field(0.0, flow.init(bowl.params, lr=None, key=KEY), None)
+    dy = first_field(flow, bowl.params)
     for still in (dy.mean.params["w"], dy.directions):
         np.testing.assert_allclose(still, 0.0, atol=1e-12)
 
 
 MLP = rj.problems.digits_mlp(20, widths=(4,))
-calls = [0]
-
-
-def mlp_loss(params):
-    calls[0] += 1
-    return MLP.loss(params)
-
-
-MLP_SGD = rj.dynamics(optax.sgd, mlp_loss)
+LOSS = Traced(MLP.loss)
+MLP_SGD = rj.dynamics(optax.sgd, LOSS)
 TRACKED = principal(MLP_SGD, rank=4)
 # Of eta l below one.
 MLP_RATES = jnp.array([0.05, 0.1])
@@ -70,29 +70,28 @@ MLP_RATES = jnp.array([0.05, 0.1])
 def on_the_network(lr):
     """States of the tracked flow, and its and IGR's distances to gradient descent's."""
     run = rj.descend(MLP_SGD, MLP.params, 10, lr=lr)
-    paths = [solve(flow, MLP.params, lr, 10, 4) for flow in (TRACKED, igr(MLP_SGD))]
-    mean = []
-    for params in (paths[0].mean.params, paths[1].params):
+    solve = lambda flow: runge_kutta(flow, MLP.params, 10, lr=lr, substeps=4)
+    tracked, plain = solve(TRACKED), solve(igr(MLP_SGD))
+
+    def distance(params):
         apart = jax.tree.map(lambda p, e: p - e[1:, 0], params, run.ends)
-        mean.append(jnp.mean(jax.vmap(optax.tree.norm)(apart)))
-    return paths[0], mean
+        return jnp.mean(jax.vmap(optax.tree.norm)(apart))
+
+    return tracked, (distance(tracked.mean.params), distance(plain.params))
 
 
 def test_top_is_closer_than_igr_on_a_network():
     _, (tracked, plain) = on_the_network(MLP_RATES)
     assert np.all(tracked < 0.8 * plain), (tracked, plain)
-    traced = calls[0]
+    traced = LOSS.count
     assert not np.allclose(on_the_network(0.5 * MLP_RATES)[1][0], tracked)
-    assert calls[0] == traced
+    assert LOSS.count == traced
 
 
 def test_tracked_directions_are_the_top_eigenvectors():
     path = on_the_network(MLP_RATES)[0]
-    unravel = ravel_pytree(MLP.params)[1]
-    hessian = jax.jit(jax.hessian(lambda x: MLP.loss(unravel(x))))
     for step in (0, -1):
-        params = jax.tree.map(lambda x, t=step: x[1, t], path.mean.params)
-        dense = np.asarray(hessian(ravel_pytree(params)[0]))
+        dense = dense_hessian(MLP.loss, lane(path.mean.params, (1, step)))
         values, vectors = np.linalg.eigh(dense)
         assert 0.5 < 0.1 * values[-1] < 0.7
         rows = np.asarray(path.directions[1, step])

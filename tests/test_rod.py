@@ -1,6 +1,5 @@
 """The rod flow: closed forms, the published equation, bundles and the dense oracle."""
 
-import dataclasses
 from functools import partial
 
 import jax
@@ -8,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import field, heun, order
 
 import rodjax as rj
-from rodjax.flows import RodState
-from rodjax.flows import rod
+from rodjax.flows import RodState, rod
 
 KEY = jax.random.key(0)
 ETA = 0.3
@@ -25,13 +24,13 @@ def at(flow, w, u, lr=ETA):
     """The field at centre w with rods u: the rates of both."""
     mean = flow.dynamics.init(w, lr=lr)
     y = RodState(mean, (u, *mean.phase[1:]))
-    dy = jax.jit(flow.vector_field)(0.0, y, jnp.asarray(lr))
+    dy = field(flow, y, jnp.asarray(lr))
     return dy.mean.params, dy.extent[0]
 
 
 def dense_field(flow, w, sigma, lr=ETA):
     y = RodState(flow.dynamics.init(w, lr=lr), sigma)
-    dy = jax.jit(flow.vector_field)(0.0, y, jnp.asarray(lr))
+    dy = field(flow, y, jnp.asarray(lr))
     return dy.mean.params, dy.extent
 
 
@@ -62,11 +61,11 @@ def test_quartic_fixed_point():
     sharpness, quartic, lr = 2.5, 0.8, 1.0
     well = rj.problems.quartic_well(sharpness=sharpness, quartic=quartic, initial=0.2)
     flow = rod(rj.dynamics(optax.sgd, well.loss))
-    path = rj.integrate(flow, well.params, steps=80, lr=lr)
-    extent = path.metrics["amplitude"][-1] ** 2
+    y = flow.init(well.params, lr=lr, key=KEY)
+    y = heun(flow)(y, jnp.asarray(lr), 4 * 80)
     exact = sharpness / quartic - 2.0 / (lr * quartic)
-    np.testing.assert_allclose(extent, exact, rtol=1e-8)
-    np.testing.assert_allclose(path.params[-1], 0.0, atol=1e-6)
+    np.testing.assert_allclose(y.extent[0][0] ** 2, exact, rtol=1e-8)
+    np.testing.assert_allclose(y.mean.params, 0.0, atol=1e-6)
 
 
 # --- the published equation for GD -----------------------------------------------
@@ -107,8 +106,7 @@ def test_published_form_in_general():
     """The correction without derivatives is theirs up to O(eta^3)."""
     etas = [0.04, 0.02, 0.01]
     apart = [difference(BENT, eta, bent) for eta in etas]
-    slope = np.polyfit(np.log(etas), np.log([centre for centre, _ in apart]), 1)[0]
-    assert abs(slope - 3) < 0.2
+    assert abs(order(etas, [centre for centre, _ in apart]) - 3) < 0.2
     assert max(sigma for _, sigma in apart) < 1e-13
 
 
@@ -157,21 +155,13 @@ def test_dense_of_a_bundle_is_its_factor():
 
 def test_dense_trajectory_is_the_full_factor():
     full, dense = rod(BOWL, rank=3), rod(BOWL, rank=3, dense=True)
-    u = rods(3)
-    lr = 0.55  # just below the edge, 2 / 3.2
+    u, lr = rods(3), jnp.asarray(0.55)  # just below the edge, 2 / 3.2
     mean = BOWL.init(W, lr=lr)
-    begin = {
-        full: RodState(mean, (u, *mean.phase[1:])),
-        dense: RodState(mean, u.T @ u),
-    }
-    path = {}
-    for flow, y in begin.items():
-        started = dataclasses.replace(flow, init=lambda *_, y=y, **__: y)
-        path[flow] = rj.integrate(started, W, steps=8, lr=lr, substeps=100)
-    np.testing.assert_allclose(path[full].params, path[dense].params, atol=1e-9)
-    np.testing.assert_allclose(
-        path[full].metrics["amplitude"], path[dense].metrics["amplitude"], rtol=1e-4
-    )
+    factor = heun(full, 100)(RodState(mean, (u, *mean.phase[1:])), lr, 800)
+    sigma = heun(dense, 100)(RodState(mean, u.T @ u), lr, 800)
+    np.testing.assert_allclose(factor.mean.params, sigma.mean.params, atol=1e-9)
+    rows = factor.extent[0]
+    np.testing.assert_allclose(rows.T @ rows, sigma.extent, rtol=2e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize("rank, dense", [(1, False), (2, False), (1, True)])

@@ -211,8 +211,8 @@ def test_another_program_is_refused_and_so_is_other_data(tmp_path):
     data = np.linspace(1.0, 2.0, 20)
     same = small(params=jnp.ones(20), dynamics=quadratic(data))
     assert len(sweep(tmp_path, **same)[1]) == EACH
-    # Not by where they lie, nor by what holds them.
-    same["dynamics"] = quadratic(jnp.array(data))
+    # By its values, not by where it lies.
+    same["dynamics"] = quadratic(data.copy())
     assert not sweep(tmp_path, **same)[1]
     near = data + 1e-12 * (np.arange(20) == 7)
     assert refused(tmp_path, **same | {"dynamics": quadratic(near)}) == {"data"}

@@ -30,7 +30,8 @@ class Bar:
         )
 
     def __enter__(self) -> "Bar":
-        self.progress.start()
+        if self.live:
+            self.progress.start()
         return self
 
     def __exit__(
@@ -39,7 +40,8 @@ class Bar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.progress.stop()
+        if self.live:
+            self.progress.stop()
 
     def begin(self, name: str, total: int) -> None:
         """A stage of `total` steps, which begins with compiling."""

@@ -1,4 +1,4 @@
-"""Semidefinite complementarity problems of a few dimensions, inverted inside a jit."""
+"""Semidefinite complementarity problems of a few dimensions, solved inside a jit."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -137,7 +137,14 @@ def integrate(
     **Raises** `ValueError` on `substeps` below 1, on a `steps` that is not a positive
     multiple of `every`, on metrics that record the same name, on a solver or adjoint
     that cannot serve, on the `final` of another flow, and what the flow and its
-    dynamics say of their arguments.
+    dynamics say of their arguments. `TypeError` in forward mode without its adjoint.
+
+    **Derivatives** are those of the numerical solution, and NaN where the optimizer has
+    none: that of the root of a second moment does not exist at zero, where Adam keeps a
+    coordinate whose gradient is exactly zero (a dead unit, a constant input). Give it
+    an epsilon under the root, `optax.adam(lr, eps_root=1e-16)`. `principal` has none,
+    JAX knowing no derivative of non-symmetric eigenvectors, unless it is cut to a few
+    directions.
 
     ```python
     >>> import jax, jax.numpy as jnp, optax, rodjax as rj
@@ -164,9 +171,17 @@ def integrate(
     start = jax.tree.map(jnp.asarray, start)
     key = jax.random.key(0) if key is None else key
     every_metric = (losses(flow.dynamics.loss), *metrics)
-    return _integrate(
-        flow, start, lr, key, every_metric, keep, progress, moments, every, method
-    )
+    try:
+        return _integrate(
+            flow, start, lr, key, every_metric, keep, progress, moments, every, method
+        )
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "integrate is differentiated in forward mode (jax.jvp, jax.jacfwd), which "
+            "the default adjoint does not serve: give adjoint=diffrax.ForwardMode()"
+        ) from error
 
 
 @compiled

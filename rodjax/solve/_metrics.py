@@ -93,10 +93,7 @@ def edge_of_stability(dynamics: Dynamics, *, tol: float | None = None) -> Metric
     def update(snapshot, vector, *, lr):
         pair = sharpness_ratio(dynamics, snapshot.centre, lr=lr, guess=vector, tol=tol)
         values = {"sharpness_ratio": pair.value, "residual": pair.residual}
-        # A lane that has diverged must not hand NaN to a later warm start.
-        return values, optax.tree.where(
-            jnp.isfinite(pair.residual), pair.vector, vector
-        )
+        return values, _guess(pair.residual, pair.vector, vector)
 
     long_names = {
         "sharpness_ratio": "preconditioned sharpness over its stability threshold",
@@ -142,10 +139,7 @@ def spectrum(dynamics: Dynamics, k: int, *, tol: float | None = None) -> Metric:
         )
         values = {f"ratio_{i + 1}": value for i, value in enumerate(pairs.values)}
         values["residual"] = jnp.max(pairs.residuals)
-        # A lane that has diverged must not hand NaN to a later warm start.
-        return values, optax.tree.where(
-            jnp.isfinite(values["residual"]), pairs.vectors, vectors
-        )
+        return values, _guess(values["residual"], pairs.vectors, vectors)
 
     return Metric(
         lambda snapshot, *, lr: starting_directions(snapshot.centre.params, k),
@@ -202,12 +196,19 @@ def stability_coefficients(
         values = factors * along
         named = {f"stability_coefficient_{i + 1}": v for i, v in enumerate(values)}
         named["stability_residual"] = jnp.max(pairs.residuals)
-        # A lane that has diverged must not hand NaN to a later warm start.
-        well = jnp.all(jnp.isfinite(pairs.residuals))
-        return named, optax.tree.where(well, pairs.vectors, guess)
+        return named, _guess(named["stability_residual"], pairs.vectors, guess)
 
     return Metric(
         lambda snapshot, *, lr: starting_directions(snapshot.centre.params, k),
         update,
         long_names,
     )
+
+
+def _guess(residual: Float[Array, ""], vectors: PyTree, last: PyTree) -> PyTree:
+    """What the next moment's iteration starts from, a constant of any derivative.
+
+    A lane that has diverged must not hand NaN to a later warm start.
+    """
+    found = optax.tree.where(jnp.isfinite(residual), vectors, last)
+    return jax.lax.stop_gradient(found)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
@@ -39,7 +40,7 @@ def digests(traced: jax.stages.Traced, text: str) -> Digests:
         array = np.ascontiguousarray(plain)
         data.update(f"{array.dtype}{array.shape}".encode())
         # In place: the data may be as large as half of the memory.
-        data.update(array.reshape(-1).view(np.uint8))
+        data.update(array.reshape(-1).view(np.uint8).data)
     return Digests(hashlib.sha256(text.encode()).hexdigest(), data.hexdigest())
 
 
@@ -64,7 +65,7 @@ def _is_data(value: Any) -> bool:
 
 def _is_key(value: Any) -> bool:
     dtype = getattr(value, "dtype", None)
-    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _is_jaxpr(part: Any) -> bool:
