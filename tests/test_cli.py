@@ -102,6 +102,7 @@ def test_results_are_overwritten_only_when_told(finished, tmp_path):
     assert json.loads((out / "summary.json").read_text())["flows"] == {}
 
 
+@pytest.mark.slow
 def test_a_network_hyperparameters_float32_and_optax_names(tmp_path):
     result = invoke(
         "--problem", "clusters-mlp", "--problem-set", "widths=(3,)", "--lr", "0.2",

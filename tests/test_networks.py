@@ -216,9 +216,7 @@ def step_of(name, flow):
     return problem, made, y
 
 
-@pytest.mark.parametrize(
-    ("name", "flow"), [("mlp", "modulated"), ("vit", "stable")]
-)
+@pytest.mark.parametrize(("name", "flow"), [("mlp", "modulated"), ("vit", "stable")])
 def test_a_flow_moves_a_network_downhill(name, flow):
     problem, made, y = step_of(name, flow)
 
@@ -304,6 +302,7 @@ def test_bad_arguments_are_named(make, words):
         make()
 
 
+@pytest.mark.slow
 def test_clusters_train_at_the_edge_of_stability():
     problem, lr, every = mlp(clusters(100)), 0.8, 40
     flat, unravel = ravel_pytree(problem.params)

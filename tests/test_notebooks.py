@@ -16,8 +16,18 @@ def code_of(path):
     return [cell for cell in cells if cell.cell_type == "code"]
 
 
-def test_there_are_five():
-    assert [path.name[0] for path in NOTEBOOKS] == list("12345")
+def test_the_readme_links_to_all_in_order():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"^(\d)\. \[.+\]\(notebooks/(.+)\)$", text, re.M)
+    expected = [(path.name[0], path.name) for path in NOTEBOOKS]
+    assert links == expected and len(links) > 0
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_readme_has_its_title(path):
+    title = nbformat.read(path, as_version=4).cells[0].source.splitlines()[0][2:]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"[{title}](notebooks/{path.name})" in text
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

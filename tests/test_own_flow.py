@@ -135,7 +135,9 @@ def fine():
     return jnp.stack([centres(lr) for lr in RATES])
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize(
+    "name", ["explicit", "adaptive", pytest.param("implicit", marks=pytest.mark.slow)]
+)
 def test_a_flow_in_ones_own_solver(name, fine):
     """Dense, compiled, and over learning rates at once."""
     solver, controller, dt0 = SOLVERS[name]

@@ -80,6 +80,7 @@ def on_the_network(lr):
     return tracked, (distance(tracked.mean.params), distance(plain.params))
 
 
+@pytest.mark.slow
 def test_top_is_closer_than_igr_on_a_network():
     _, (tracked, plain) = on_the_network(MLP_RATES)
     assert np.all(tracked < 0.8 * plain), (tracked, plain)

@@ -59,6 +59,7 @@ def test_a_chunk_of_all_is_the_plain_mean(chunk):
     assert_close(problem(chunk).loss(problem(None).params), everything(None)[1], 1e-15)
 
 
+@pytest.mark.slow
 def test_chunks_under_vmap_and_in_a_flow():
     fields = []
     for chunk in (5, None):

@@ -47,7 +47,9 @@ def dataset(
     try:
         import xarray
     except ImportError as error:
-        raise ImportError("dataset needs xarray: pip install 'rodjax[sweep]'") from error
+        raise ImportError(
+            "dataset needs xarray: pip install 'rodjax[sweep]'"
+        ) from error
     if np.ndim(run.steps) != 1:
         raise ValueError(
             f"run has several lanes, steps of shape {np.shape(run.steps)}: give one of "

@@ -149,7 +149,7 @@ def integrate(
     ```python
     >>> import jax, jax.numpy as jnp, optax, rodjax as rj
     >>> sgd = rj.dynamics(optax.sgd, lambda w: 0.5 * jnp.sum(w**2))
-    >>> flow = rj.flows.modulated(sgd)
+    >>> flow = rj.flows.stable(sgd)
     >>> solve = lambda lr: rj.integrate(flow, jnp.ones(2), steps=5, lr=lr)
     >>> paths = jax.vmap(solve)(jnp.array([0.1, 0.2, 0.3]))
     >>> paths.metrics["loss"].shape
