@@ -5,7 +5,7 @@ Only what two modules use; no test module imports another.
 
 import dataclasses
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -176,18 +176,15 @@ def order(sizes, errors):
     return np.polyfit(np.log(sizes), np.log(errors), 1)[0]
 
 
+@lru_cache
+def _hessian(loss):
+    def hessian(params):
+        flat, unravel = ravel_pytree(params)
+        return jax.hessian(lambda x: loss(unravel(x)))(flat)
+
+    return jax.jit(hessian)
+
+
 def dense_hessian(loss, params):
     """The Hessian on the ravelled parameters."""
-    flat, unravel = ravel_pytree(params)
-    return np.asarray(jax.jit(jax.hessian(lambda x: loss(unravel(x))))(flat))
-
-
-@contextmanager
-def own_configuration():
-    """The command configures its process; the tests share theirs."""
-    saved = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_x64", saved[0])
-        jax.config.update("jax_default_matmul_precision", saved[1])
+    return np.asarray(_hessian(loss)(params))

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import rodjax as rj
 from rodjax.cli import _axes as axes
 from rodjax.cli import _names as choices
+from rodjax.cli import _shared as shared
 from rodjax.cli import app
 
 FAST = ["--problem", "scalar-factorization", "--flows", "edge", "--warmup", "2"]
@@ -29,59 +30,73 @@ def result(out):
         return data.load()
 
 
-def test_files_table_and_resuming(tmp_path):
-    out = tmp_path / "deep" / "sweep"
-    arguments = [*FAST, "--flows", "stable,gradient", "--lr", "0.2,0.1,9", "--seeds"]
-    # The start of this problem is not drawn, so its seed is refused.
-    assert invoke(*arguments, 2, "--out", out).exit_code == 2
-    arguments = [*arguments[:-1], "--time-chunk", 4, "--out", out]
-    first = invoke(*arguments)
-    assert first.exit_code == 0, first.output
-    assert "going on from" not in first.stderr
-    said = first.stderr.splitlines()
-    assert said[0] == "sweep: compiling" and len(said) == 3
-    assert said[-1].startswith("sweep: 100% 2 alive, 1 diverged, ")
-    rows = [line.split() for line in first.stdout.splitlines()]
-    assert rows[1] == ["run", "stable", "gradient"]
-    assert [row[0] for row in rows[3:6]] == ["0.1", "0.2", "9"]
-    assert rows[5][1:] == ["1", "of", "1", "-", "-", "-", "-", "-"]
+#: Lanes of three learning rates, the largest of which is lost, each four times.
+GRID = [
+    *FAST, "--problem", "quadratic", "--optimizer", "heavy-ball", "--flows",
+    "stable,edge", "--lr", "0.2,0.1,1e60", "--axis", "momentum=0.5:0.9:3",
+    "--axis", "floor=1e-3,1e-2", "--zip", "lr,momentum", "--seeds", 2,
+    "--time-chunk", 4,
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def built_once():
+    """Problems by name: of the same loss, the same sweep is not compiled again."""
+    build, found = shared.problem, {}
+
+    def problem(*asked):
+        if str(asked) not in found:
+            found[str(asked)] = build(*asked)
+        return found[str(asked)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "problem", problem)
+        yield
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A sweep's directory, what the command said, and the result."""
+    out = tmp_path_factory.mktemp("sweeps") / "deep" / "sweep"
+    said = invoke(*GRID, "--out", out)
+    assert said.exit_code == 0, said.output
+    return out, said, result(out)
+
+
+def test_table_and_progress(first):
+    out, said, _ = first
+    lines = said.stderr.splitlines()
+    assert lines[0] == "sweep: compiling" and len(lines) == 3
+    assert lines[-1].startswith("sweep: 100% 8 alive, 4 diverged, ")
+    rows = [line.split() for line in said.stdout.splitlines()]
+    assert rows[1] == ["run", "stable", "edge"]
+    assert [row[0] for row in rows[3:6]] == ["0.1", "0.2", "1e+60"]
+    assert rows[5][1:] == ["4", "of", "4", "-", "-", "-", "-", "-"]
+    assert said.stdout.splitlines()[-1].startswith(f"written to {out}: ")
+
+
+def test_files_and_schema(first):
+    out, _, data = first
     for name in ("lr.png", "lanes.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-
-    summary, data = json.loads((out / "summary.json").read_text()), result(out)
-    assert summary["problem"] == "scalar-factorization" and summary["steps"] == 8
-    assert summary["grid"] == {"lr": [0.2, 0.1, 9.0]} and summary["lanes"] == 3
-    assert summary["run"]["diverged"] == 1
-    for name in ("stable", "gradient"):
-        found = data.final_distance.sel(flow=name).values[:2]
-        assert summary["flows"][name]["final_distance"] == pytest.approx(found.mean())
-    assert data.attrs["optimizer"] == "gd" and data.attrs["dtype"] == "float64"
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["problem"] == "quadratic" and summary["optimizer"] == "heavy-ball"
+    assert summary["steps"] == 8 and summary["warmup"] == 2
+    assert summary["grid"]["lr"] == [0.2, 0.1, 1e60] and summary["lanes"] == 12
+    assert summary["dimensions"] == {"lr": 3, "floor": 2, "seed": 2}
+    assert summary["run"]["diverged"] == 4
+    for name in ("stable", "edge"):
+        alive = data.final_distance.sel(flow=name).isel(lr=[0, 1])
+        found = summary["flows"][name]["final_distance"]
+        assert found == pytest.approx(float(alive.median()))
+    assert data.attrs["warmup"] == 2 and data.attrs["dtype"] == "float64"
+    assert data.attrs["rank"] == "each flow's own"
     assert data.step.values.tolist() == [2, 6, 10]
 
-    again = invoke(*arguments)
-    assert again.exit_code == 0, again.output
-    assert f"nothing left to do of 30 steps in {out}" in again.stderr
-    assert again.stdout == first.stdout
-    xarray.testing.assert_identical(result(out), data)
 
-    changed = invoke(*arguments, "--substeps", 2)
-    assert changed.exit_code == 2
-    assert "substeps was 4, is now 2" in changed.stderr
-    xarray.testing.assert_identical(result(out), data)
-
-
-def test_axes_zip_and_seeds_reach_the_data(tmp_path):
-    arguments = [
-        *FAST, "--problem", "quadratic", "--optimizer", "heavy-ball",
-        "--lr", "0.1:0.4:3log", "--axis", "momentum=0.5:0.9:3",
-        "--axis", "floor=1e-3,1e-2", "--zip", "lr,momentum", "--seeds", 2,
-    ]  # fmt: skip
-    found = invoke(*arguments, "--out", tmp_path)
-    assert found.exit_code == 0, found.output
-    data = result(tmp_path)
-    sizes = {"flow": 2, "lr": 3, "floor": 2, "seed": 2}
-    assert dict(data.diverged_at.sizes) == sizes
-    np.testing.assert_allclose(data.lr, [0.1, 0.2, 0.4])
+def test_axes_zip_and_seeds_reach_the_data(first):
+    _, _, data = first
+    assert dict(data.diverged_at.sizes) == {"flow": 3, "lr": 3, "floor": 2, "seed": 2}
     assert data.momentum.dims == ("lr",)
     np.testing.assert_allclose(data.momentum, [0.5, 0.7, 0.9])
     assert data.seed.values.tolist() == [0, 1]
@@ -99,6 +114,23 @@ def test_axes_zip_and_seeds_reach_the_data(tmp_path):
     loss = lane.mean_loss.isel(floor=[0, 1])
     assert loss.sel(flow="run").diff("floor").max() == 0
     assert loss.sel(flow="edge").diff("floor").max() > 0
+
+
+def test_the_same_command_again_goes_on(first):
+    out, said, data = first
+    again = invoke(*GRID, "--out", out)
+    assert again.exit_code == 0, again.output
+    assert f"nothing left to do of 120 steps in {out}" in again.stderr
+    assert again.stdout == said.stdout
+    xarray.testing.assert_identical(result(out), data)
+
+
+def test_another_command_in_its_place_is_refused(first):
+    out, _, data = first
+    changed = invoke(*GRID, "--substeps", 2, "--out", out)
+    assert changed.exit_code == 2
+    assert "substeps was 4, is now 2" in changed.stderr
+    xarray.testing.assert_identical(result(out), data)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +170,8 @@ def test_malformed_values(text):
         (["--axis", "momentum=0.1", "--axis", "momentum=0.2"], "twice"),
         (["--axis", "floor=1e-3,-1"], "at least 0"),
         (["--axis", "floor=1e-3", "--flows", "stable"], "modulated, edge"),
+        # Their starts are not drawn.
+        (["--seeds", "2"], "quadratic"),
         (["--seeds", "2", "--problem", "berthier"], "quadratic"),
         (["--seeds", "0"], "--seeds 0"),
         (["--zip", "lr,momentum"], "--zip lr,momentum"),

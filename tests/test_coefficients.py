@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,7 +138,8 @@ def test_metric_along_a_run(lr):
 
 def test_metric_along_a_flow_and_under_vmap():
     flow = rj.flows.stable(SGD)
-    solve = lambda lr: rj.integrate(flow, START, 6, lr=lr, metrics=[METRIC])
+    options = {"metrics": [METRIC], "solver": diffrax.Euler(), "substeps": 1}
+    solve = lambda lr: rj.integrate(flow, START, 6, lr=lr, **options)
     rates = jnp.array([0.2, 0.5])
     paths = jax.vmap(solve)(rates)
     for i, lr in enumerate(rates):

@@ -1,31 +1,55 @@
-"""Comparing flows with runs, and labelled results."""
+"""Comparing flows with runs, in one lane and in several, and labelled results."""
 
 import dataclasses
+from functools import lru_cache, partial
 
+import chex
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import lane
 
 import rodjax as rj
+
+# The cheapest: what is compared is not the point.
+EULER = {"solver": diffrax.Euler(), "substeps": 1}
+PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
+RATES = jnp.array([0.05, 0.1, 0.2])
 
 
 def loss(params):
     return 0.5 * jnp.sum(params["a"] ** 2) + jnp.sum(params["b"] ** 4)
 
 
-PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
+SGD = rj.dynamics(optax.sgd, loss)
+FLOWS = {"stable": rj.flows.stable(SGD), "rod": rj.flows.rod(SGD)}
+descend = partial(rj.descend, SGD)
 
 
-@pytest.fixture(scope="module")
-def dynamics():
-    return rj.dynamics(optax.sgd, loss)
+def integrate(name, *rest, **options):
+    return rj.integrate(FLOWS[name], *rest, **EULER, **options)
 
 
-@pytest.fixture(scope="module")
-def flows(dynamics):
-    return {"stable": rj.flows.stable(dynamics), "rod": rj.flows.rod(dynamics)}
+@lru_cache
+def pair(name="stable", lr=0.1):
+    """A run of six steps from a window, and a flow beside it."""
+    window = rj.warm_up(SGD, PARAMS, 4, lr=lr)
+    return descend(window, 6, lr=lr), integrate(name, window, 6, lr=lr)
+
+
+@lru_cache
+def many():
+    """The same for three learning rates at once, compared inside of the vmap too."""
+
+    def one(lr):
+        window = rj.warm_up(SGD, PARAMS, 4, lr=lr)
+        run, flow = descend(window, 6, lr=lr), integrate("stable", window, 6, lr=lr)
+        return run, flow, rj.compare(run, flow)
+
+    return jax.jit(jax.vmap(one))(RATES)
 
 
 def iterates(lr, steps):
@@ -36,16 +60,12 @@ def iterates(lr, steps):
     return [np.concatenate([np.ravel(x) for x in jax.tree.leaves(p)]) for p in path]
 
 
-@pytest.mark.parametrize("name", ["stable", "rod"])
-def test_distance_is_to_the_midpoints_the_flow_models(dynamics, flows, name):
-    lr, start, steps = 0.1, 4, 6
-    window = rj.warm_up(dynamics, PARAMS, start, lr=lr)
-    run = rj.descend(dynamics, window, steps, lr=lr)
-    path = rj.integrate(flows[name], window, steps, lr=lr)
+@pytest.mark.parametrize("name", FLOWS)
+def test_distance_is_to_the_midpoints_the_flow_models(name):
+    run, path = pair(name)
     found = rj.compare(run, path).distance
-    w = iterates(lr, start + steps + 1)
-    for k in range(steps + 1):
-        t = start + k
+    w = iterates(0.1, 11)
+    for k, t in enumerate(range(4, 11)):
         middle = (w[t - 1] + 2 * w[t] + w[t + 1]) / 4
         if name == "rod":
             middle = (w[t] + w[t + 1]) / 2
@@ -53,96 +73,121 @@ def test_distance_is_to_the_midpoints_the_flow_models(dynamics, flows, name):
         np.testing.assert_allclose(found[k], np.linalg.norm(centre - middle), rtol=1e-9)
 
 
-def test_vmapped_comparison_equals_single_ones(dynamics, flows):
-    rates = jnp.array([0.05, 0.1])
-    both = lambda lr: rj.compare(
-        rj.descend(dynamics, PARAMS, 4, lr=lr),
-        rj.integrate(flows["stable"], PARAMS, 4, lr=lr),
-    )
-    stacked = jax.vmap(lambda lr: both(lr).distance)(rates)
-    assert stacked.shape == (2, 5)
-    for row, lr in zip(stacked, rates, strict=True):
-        np.testing.assert_allclose(row, both(lr).distance, rtol=1e-12)
-    # Batched trajectories compared after the vmap give the same.
-    paths = jax.vmap(lambda lr: rj.integrate(flows["stable"], PARAMS, 4, lr=lr))(rates)
-    runs = jax.vmap(lambda lr: rj.descend(dynamics, PARAMS, 4, lr=lr))(rates)
-    np.testing.assert_allclose(rj.compare(runs, paths).distance, stacked, rtol=1e-12)
-
-
-def test_of_several_lanes_medians_are_printed(dynamics, flows):
-    rates = jnp.array([[0.05, 0.1, 3.0], [0.02, 0.2, 0.15]])
-    both = lambda lr: rj.compare(
-        rj.descend(dynamics, PARAMS, 4, lr=lr),
-        rj.integrate(flows["stable"], PARAMS, 4, lr=lr),
-    )
-    batch = jax.vmap(jax.vmap(both))(rates)
-    head, *rows = str(batch).splitlines()
-    lost = int(np.sum(np.isfinite(batch.diverged_at)))
-    assert head == f"medians over 6 lanes of shape (2, 3), {lost} of them diverged"
-    printed = {name: float(row) for name, row in (r.rsplit(None, 1) for r in rows)}
-    # The last finite entry of each lane, by hand.
-    last = [d[np.isfinite(d)][-1] for d in np.reshape(batch.distance, (6, 5))]
-    np.testing.assert_allclose(printed["final_distance"], np.median(last), rtol=1e-5)
-    evaluations = np.median(batch.evaluations)
-    assert printed["update_evaluations"] == evaluations
-    with pytest.raises(ValueError, match=r"lanes of shape \(2, 3\): take one"):
-        batch.summary()
-    one = jax.tree.map(lambda x: x[1, 0], batch)
-    alone = both(0.02).summary()
-    np.testing.assert_allclose(one.summary()["final_distance"], alone["final_distance"])
-
-
-def test_summary_keeps_to_finite_entries(dynamics, flows):
-    # lr 3 diverges: the run's entries after that are NaN.
-    window = rj.warm_up(dynamics, PARAMS, 0, lr=0.1)
-    run = rj.descend(dynamics, window, 6, lr=0.1)
-    path = rj.integrate(flows["stable"], window, 6, lr=0.1)
-    cut = dataclasses.replace(
-        path,
-        params=jax.tree.map(lambda x: x.at[4:].set(jnp.nan), path.params),
-        diverged_at=jnp.asarray(4.0),
-    )
-    whole, part = rj.compare(run, path), rj.compare(run, cut).summary()
-    assert part["final_distance"] == float(whole.distance[3])
-    np.testing.assert_allclose(part["mean_distance"], whole.distance[:4].mean())
-    assert part["diverged_at"] == 4.0
-    assert np.isnan(part["median_sharpness_ratio"])
-    assert "final_amplitude (run)" in str(whole)
-
-
-def test_projected_trajectories_compare_by_their_projection(dynamics, flows):
-    only_a = lambda params: params["a"]
-    run = rj.descend(dynamics, PARAMS, 3, lr=0.1, keep=only_a)
-    path = rj.integrate(flows["stable"], PARAMS, 3, lr=0.1, keep=only_a)
+def test_projected_trajectories_compare_by_their_projection():
+    keep = {"lr": 0.1, "keep": lambda params: params["a"]}
+    run, path = descend(PARAMS, 3, **keep), integrate("stable", PARAMS, 3, **keep)
     expected = jnp.linalg.norm(path.params - run.params, axis=1)
     np.testing.assert_allclose(rj.compare(run, path).distance, expected)
 
 
-def test_bad_pairs_are_refused(dynamics, flows):
-    run = rj.descend(dynamics, PARAMS, 4, lr=0.1)
-    path = lambda **kw: rj.integrate(flows["stable"], lr=0.1, **kw)
-    with pytest.raises(ValueError, match="steps= and every="):
-        rj.compare(run, path(start=PARAMS, steps=2))
-    window = rj.warm_up(dynamics, PARAMS, 5, lr=0.1)
-    with pytest.raises(ValueError, match="different steps"):
-        rj.compare(run, path(start=window, steps=4))
-    with pytest.raises(ValueError, match="keep="):
-        rj.compare(run, path(start=PARAMS, steps=4, keep=lambda p: p["a"]))
-    nothing = {"keep": lambda p: None}
+# --- summaries -----------------------------------------------------------------------
+
+
+def cut(path, moments):
+    """The path as if it had diverged after so many moments."""
+    shown = (path.params, path.ends, path.metrics)
+    lost = jax.tree.map(lambda x: x.at[moments:].set(jnp.nan), shown)
+    return dataclasses.replace(
+        path,
+        **dict(zip(("params", "ends", "metrics"), lost, strict=True)),
+        diverged_at=path.steps[0] + moments,
+    )
+
+
+def test_summary_keeps_to_finite_entries():
+    run, path = pair()
+    whole, part = rj.compare(run, path), rj.compare(run, cut(path, 4)).summary()
+    assert part["final_distance"] == float(whole.distance[3])
+    np.testing.assert_allclose(part["mean_distance"], whole.distance[:4].mean())
+    assert part["final_loss"] == float(path.metrics["loss"][3])
+    assert part["diverged_at"] == 8.0
+    assert np.isnan(part["median_sharpness_ratio"])
+    assert {type(value) for value in part.values()} == {float}
+
+
+def test_printing_one_lane_shows_its_summary_and_the_runs():
+    run, path = pair()
+    text = str(rj.compare(run, path))
+    shown = dict(line.rsplit(maxsplit=1) for line in text.splitlines())
+    for name, value in rj.compare(run, path).summary().items():
+        np.testing.assert_allclose(float(shown[name]), value, rtol=1e-5)
+    for name in ("mean_loss", "amplitude"):
+        for of, suffix in ((path, ""), (run, " (run)")):
+            found = float(shown[f"final_{name}{suffix}"])
+            np.testing.assert_allclose(found, of.metrics[name][-1], rtol=1e-5)
+
+
+def test_lanes_compared_at_once_are_as_if_alone():
+    runs, paths, inside = many()
+    outside = rj.compare(runs, paths)
+    assert outside.distance.shape == (3, 7)
+    chex.assert_trees_all_close(outside, inside, rtol=1e-12)
+    for i, lr in enumerate(RATES):
+        alone = rj.compare(*pair(lr=float(lr)))
+        np.testing.assert_allclose(outside.distance[i], alone.distance, rtol=1e-12)
+
+
+def test_summary_is_of_one_lane():
+    runs, paths, _ = many()
+    both = rj.compare(runs, paths)
+    with pytest.raises(ValueError, match=r"lanes of shape \(3,\): take one"):
+        both.summary()
+    for i in range(3):
+        alone = rj.compare(lane(runs, i), lane(paths, i)).summary()
+        np.testing.assert_equal(lane(both, i).summary(), alone)
+
+
+def test_printing_lanes_shows_their_shape_and_medians():
+    runs, paths, _ = many()
+    # One of three is lost; its last finite values count.
+    lost = cut(lane(paths, 2), 4)
+    paths = jax.tree.map(lambda x, y: jnp.concatenate([x[:2], y[None]]), paths, lost)
+    both = rj.compare(runs, paths)
+    head, *lines = str(both).splitlines()
+    assert head == "medians over 3 lanes of shape (3,), 1 of them diverged"
+    shown = dict(line.rsplit(maxsplit=1) for line in lines)
+    for name, of in (("distance", both.distance), ("loss", paths.metrics["loss"])):
+        last = [of[0, -1], of[1, -1], of[2, 3]]
+        found = float(shown[f"final_{name}"])
+        np.testing.assert_allclose(found, np.median(last), rtol=1e-5)
+    mean = [np.nanmean(row) for row in np.asarray(both.distance)]
+    np.testing.assert_allclose(float(shown["mean_distance"]), np.median(mean), 1e-5)
+    found = float(shown["final_amplitude (run)"])
+    np.testing.assert_allclose(found, np.median(runs.metrics["amplitude"][:, -1]), 1e-5)
+    assert shown["median_sharpness_ratio"] == "nan"
+    # In any arrangement.
+    square = jax.tree.map(lambda x: x[None], both)
+    head, *same = str(square).splitlines()
+    assert "3 lanes of shape (1, 3)" in head and same == lines
+
+
+# --- refusals ------------------------------------------------------------------------
+
+
+def test_bad_pairs_are_refused():
+    run, path = pair()
+    nothing = {"params": None, "ends": None}
+    for other, message in (
+        (lane((path.steps, path.params, path.ends), slice(3)), "steps= and every="),
+        ((path.steps + 5, path.params, path.ends), "different steps"),
+        ((path.steps - 0.5, path.params, path.ends), "different steps"),
+        ((path.steps, path.params["a"], path.ends["a"]), "keep="),
+    ):
+        steps, params, ends = other
+        changed = dataclasses.replace(path, steps=steps, params=params, ends=ends)
+        with pytest.raises(ValueError, match=message):
+            rj.compare(run, changed)
     with pytest.raises(ValueError, match="no parameters"):
-        rj.compare(
-            rj.descend(dynamics, PARAMS, 4, lr=0.1, **nothing),
-            path(start=PARAMS, steps=4, **nothing),
-        )
+        rj.compare(*(dataclasses.replace(of, **nothing) for of in (run, path)))
 
 
-def test_dataset_is_labelled_and_survives_a_file(dynamics, flows, tmp_path):
+# --- data sets -----------------------------------------------------------------------
+
+
+def test_dataset_is_labelled_and_survives_a_file(tmp_path):
     import xarray
 
-    run = rj.descend(dynamics, PARAMS, 4, lr=0.1)
-    paths = {
-        name: rj.integrate(flow, PARAMS, 4, lr=0.1) for name, flow in flows.items()
-    }
+    run, paths = pair()[0], {name: pair(name)[1] for name in FLOWS}
     data = rj.dataset(run, paths, lr=0.1, problem="toy")
     data.to_netcdf(tmp_path / "x.nc", engine="h5netcdf")
     with xarray.open_dataset(tmp_path / "x.nc", engine="h5netcdf") as read:

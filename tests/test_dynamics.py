@@ -278,9 +278,9 @@ def test_dtypes_are_kept_and_clocks_count_in_floats(dtype, factory):
     params = optax.tree.cast(PARAMS, dtype)
     dynamics = rj.dynamics(scheduled, loss)
     lr = dynamics.cast(params, lr=0.1)
-    state = dynamics.init(params, lr=lr)
+    state, update = dynamics.init(params, lr=lr), jax.jit(dynamics.update)
     for _ in range(3):
-        new = dynamics.update(state, lr=lr)
+        new = update(state, lr=lr)
         same = lambda x, y: x.dtype == y.dtype and not y.weak_type
         assert jax.tree.all(jax.tree.map(same, state, new))
         state = new

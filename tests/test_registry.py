@@ -1,24 +1,22 @@
-"""What is derived from the registry of flows and cannot be made when it is read."""
+"""What is made from the registry of flows: the README's table, the commands' names."""
 
 from pathlib import Path
 
 import rodjax as rj
+from rodjax.cli._names import FLOWS
 
-README = Path(__file__).parent.parent / "README.md"
-
-
-def test_the_readme_has_the_table_of_flows():
-    """To regenerate it: python -c "import rodjax as rj; print(rj.flows.table())"."""
-    text = README.read_text(encoding="utf-8")
-    first = rj.flows.table().splitlines()[0]
-    assert text.count(first) == 1, "README.md has no table of flows, or two"
-    found = text[text.index(first) :].split("\n\n")[0]
-    assert found == rj.flows.table(), "README.md: replace the table of flows by " + (
-        'that of python -c "import rodjax as rj; print(rj.flows.table())"'
-    )
+README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_flows_are_those_of_the_room():
-    assert {record.build for record in rj.flows.REGISTRY.values()} == {
-        getattr(rj.flows, name) for name in rj.flows.REGISTRY
-    }
+def test_the_table_in_the_readme_is_the_registrys():
+    lines = README.read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| flow | what"))
+    stop = next(i for i in range(first, len(lines)) if not lines[i].startswith("|"))
+    # To write it anew: python -c "import rodjax as rj; print(rj.flows.table())"
+    assert "\n".join(lines[first:stop]) == rj.flows.table()
+
+
+def test_every_flow_of_the_room_has_a_record_of_its_name():
+    for name, record in rj.flows.REGISTRY.items():
+        assert record.name == name and record.build is getattr(rj.flows, name)
+        assert FLOWS[name.replace("_", "-")] is record

@@ -176,13 +176,15 @@ def test_threshold_with_hyperparameters_in_the_state():
 def test_threshold_for_many_learning_rates_at_once():
     dynamics = rj.dynamics(optax.adam, bowl)
     rates = jnp.array([0.01, 0.1, 1.0])
-    values = jax.vmap(lambda lr: rj.threshold(dynamics, PARAMS, lr=lr))(rates)
+    every = jax.vmap(lambda lr: rj.threshold(dynamics, PARAMS, lr=lr))
+    values = jax.jit(every)(rates)
     np.testing.assert_allclose(values, adam(rates, 0.9) * (1 + EPS), rtol=1e-12)
 
 
 def test_threshold_in_single_precision():
     params = optax.tree.cast(PARAMS, jnp.float32)
-    value = rj.threshold(rj.dynamics(optax.adam(0.1), bowl), params)
+    dynamics = rj.dynamics(optax.adam(0.1), bowl)
+    value = jax.jit(lambda params: rj.threshold(dynamics, params))(params)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, adam(0.1, 0.9), rtol=1e-4)
 
@@ -231,13 +233,18 @@ def test_sharpness_ratio_is_the_generalized_eigenvalue(optimizer):
     mix = jax.random.normal(jax.random.key(1), (8, 5))
     loss = lambda w: jnp.sum(jnp.tanh(mix @ w - 0.5) ** 2)
     dynamics = rj.dynamics(optimizer, loss)
-    state = dynamics.init(0.3 * jax.random.normal(jax.random.key(2), (5,)))
-    for _ in range(4):
-        state = dynamics.update(state)
-    edges = rj.coordinate_thresholds(dynamics, state)
-    hessian = jax.hessian(loss)(state.params)
+    start = 0.3 * jax.random.normal(jax.random.key(2), (5,))
+
+    @jax.jit
+    def look(start):
+        state = dynamics.init(start)
+        state = jax.lax.fori_loop(0, 4, lambda _, z: dynamics.update(z), state)
+        edges = rj.coordinate_thresholds(dynamics, state)
+        hessian = jax.hessian(loss)(state.params)
+        return edges, hessian, rj.sharpness_ratio(dynamics, state)
+
+    edges, hessian, pair = look(start)
     truth = scipy.linalg.eigh(np.asarray(hessian), np.diag(edges), eigvals_only=True)
-    pair = rj.sharpness_ratio(dynamics, state)
     np.testing.assert_allclose(pair.value, truth[-1], rtol=1e-10)
     # The eigenvector, taken to the parameters, solves H v = ratio D v.
     v = pair.vector / jnp.sqrt(edges)
@@ -295,8 +302,8 @@ def test_preconditioner_has_derivatives_where_there_is_no_gradient(optimizer, dt
     dynamics = rj.dynamics(optimizer(0.01), lambda w: 0.5 * w[0] ** 2)
     state = rj.warm_up(dynamics, jnp.ones(2, dtype), 3).at(0)
     inverse = lambda slow: inverse_preconditioner(dynamics, state._replace(slow=slow))
-    ahead = jax.tree.map(lambda s: 0.1 * s, state.slow)
-    value, rate = jax.jvp(inverse, (state.slow,), (ahead,))
+    along = jax.jit(lambda s: jax.jvp(inverse, (s,), (optax.tree.scale(0.1, s),)))
+    value, rate = along(state.slow)
     assert jnp.isfinite(value).all() and jnp.isfinite(rate).all()
     assert float(rate[1]) == 0.0
     # P goes as the root of the second moment, but for Optax's epsilon.

@@ -150,18 +150,15 @@ def test_unfit_argument_is_named(steps, lr, message):
 LR = 0.1
 
 
-def ringing_run(beta, ratio, others=()):
-    """Estimates and true amplitudes of the mode at `ratio`, over its rotations.
-
-    `others` are further modes, at these fractions of the threshold.
-    """
-    edge = (2 + 2 * beta) / LR
-    curvature = edge * jnp.array([ratio, *others])
+@jax.jit
+def rung(beta, ratios):
+    """Estimates and true amplitudes of the first of these modes, over its rotations."""
+    curvature = (2 + 2 * beta) / LR * ratios
     dynamics = rj.dynamics(
         optax.sgd(LR, momentum=beta), lambda w: 0.5 * jnp.sum(curvature * w**2)
     )
-    window = rj.warm_up(dynamics, jnp.ones(len(curvature)), 10)
-    mu = alternating_multiplier(dynamics, window.at(0), ratio)
+    window = rj.warm_up(dynamics, jnp.ones(len(ratios)), 10)
+    mu = alternating_multiplier(dynamics, window.at(0), ratios[0])
 
     def step(window, _):
         # w[t + k] = Re(a mu^k): two of them give the complex amplitude a.
@@ -170,7 +167,12 @@ def ringing_run(beta, ratio, others=()):
         return slide(dynamics, window, lr=None), (ringing(dynamics, window), truth)
 
     # Long enough for the phase to go round even close to the edge.
-    return jax.jit(lambda w: jax.lax.scan(step, w, length=60)[1])(window)
+    return jax.lax.scan(step, window, length=60)[1]
+
+
+def ringing_run(beta, ratio, others=()):
+    """Of the mode at `ratio` of the threshold; `others` are further modes."""
+    return rung(beta, jnp.array([ratio, *others]))
 
 
 @pytest.mark.parametrize("others", [(), (0.05, 0.2)])
