@@ -188,17 +188,3 @@ def _hessian(loss):
 def dense_hessian(loss, params):
     """The Hessian on the ravelled parameters."""
     return np.asarray(_hessian(loss)(params))
-
-
-# --- the command line -----------------------------------------------------------------
-
-
-@contextmanager
-def own_configuration():
-    """The command configures its process; the tests share theirs."""
-    saved = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_x64", saved[0])
-        jax.config.update("jax_default_matmul_precision", saved[1])

@@ -3,19 +3,18 @@
 import inspect
 import json
 import shutil
+from functools import partial
 
+import cli_runner
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import xarray
-from helpers import own_configuration
-from typer.testing import CliRunner
 
 import rodjax as rj
 from rodjax.cli import _names as choices
-from rodjax.cli import app
 from rodjax.cli._run import run
 from rodjax.cli._sweep import sweep
 from rodjax.flows import PrincipalState
@@ -33,9 +32,7 @@ FLOW_KEYS = {
 }
 
 
-def invoke(*arguments):
-    with own_configuration():
-        return CliRunner().invoke(app, ["run", *map(str, arguments)])
+invoke = partial(cli_runner.invoke, "run")
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +272,7 @@ def test_cifar10_by_path(tmp_path):
 
 
 def test_list_has_a_line_for_everything():
-    result = CliRunner().invoke(app, ["list"])
+    result = cli_runner.invoke("list")
     assert result.exit_code == 0
     lines = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
     names = [line[0] for line in lines if len(line) == 2]

@@ -1,28 +1,25 @@
 """`rodjax sweep`, run in this process as a user would call it."""
 
 import json
+from functools import partial
 
+import cli_runner
 import jax
 import numpy as np
 import optax
 import pytest
 import xarray
-from helpers import own_configuration
-from typer.testing import CliRunner
 
 import rodjax as rj
 from rodjax.cli import _axes as axes
 from rodjax.cli import _names as choices
 from rodjax.cli import _shared as shared
-from rodjax.cli import app
 
 FAST = ["--problem", "scalar-factorization", "--flows", "edge", "--warmup", "2"]
 FAST += ["--steps", "8", "--every", "4"]
 
 
-def invoke(*arguments):
-    with own_configuration():
-        return CliRunner().invoke(app, ["sweep", *map(str, arguments)])
+invoke = partial(cli_runner.invoke, "sweep")
 
 
 def result(out):
