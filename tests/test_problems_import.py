@@ -12,7 +12,9 @@ HEAVY = {"flax", "chex", "xarray", "matplotlib", "orbax"}
 NETWORKS = {"cnn", "digits_mlp", "mlp", "sequences", "sorting", "supervised", "vit"}
 LOOK = f"""
 import json, sys
-heavy = {HEAVY!r}
+import diffrax, optax
+# Some releases of those load chex themselves.
+heavy = {HEAVY!r} - sys.modules.keys()
 found = []
 look = lambda: found.append(sorted(heavy & sys.modules.keys()))
 import rodjax as rj

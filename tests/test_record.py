@@ -155,6 +155,13 @@ def test_a_data_set_is_of_one_lane():
     assert rj.dataset(lane(runs, 1), {})["loss"].shape == (1, 3)
 
 
+@pytest.mark.parametrize("name", ["distance", "flow", "step"])
+def test_a_metric_of_a_name_that_the_data_set_needs_is_refused(name):
+    run = rj.descend(SGD, W, 2, lr=0.1, metrics=[constant(name)])
+    with pytest.raises(ValueError, match=f"metrics: '{name}' is the name of something"):
+        rj.dataset(run, {})
+
+
 # --- progress ------------------------------------------------------------------------
 
 

@@ -181,7 +181,8 @@ def _across(
         return across((value + level * size) * y - operator(y)) + size * (x - y)
 
     solve = lambda matvec, right: _conjugate_gradients(matvec, right, level)
-    # `jax.scipy.sparse.linalg.cg` is not transposed under a vmap.
+    # `jax.scipy.sparse.linalg.cg` is not transposed under a vmap, and lineax's CG gives
+    # NaN for an operator that is as close to a singular one.
     return jax.lax.custom_linear_solve(shifted, right, solve, solve, symmetric=True)
 
 

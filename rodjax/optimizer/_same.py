@@ -12,6 +12,8 @@ import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# Programs that a compiled function keeps.
+PROGRAMS = 64
 # What this module wraps for type checks is the function that it wraps.
 CHECKING = "jaxtyping._decorator"
 VALUES = (bool, int, float, complex, str, bytes, type(None), np.generic, np.dtype)
@@ -127,7 +129,8 @@ def compiled(function: F) -> F:
 
     Arrays are traced; all other leaves are compile-time constants that are compared by
     their `fingerprint`: a flow, metric or optimizer that is built again from the same
-    parts shares the compilation of the first. Positional arguments only.
+    parts shares the compilation of the first. The last 64 such constants of a function
+    are kept, each with the data that it closes over. Positional arguments only.
 
     ```python
     >>> import jax, jax.numpy as jnp, rodjax as rj
@@ -145,15 +148,17 @@ def compiled(function: F) -> F:
     ```
     """
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def program(static: Same, arrays: Any) -> Any:
+    # An argument that is static to JAX would be kept for as long as the process lives.
+    @functools.lru_cache(maxsize=PROGRAMS)
+    def program(static: Same) -> Any:
         structure, leaves = static.thing
-        return function(*eqx.combine(arrays, jax.tree.unflatten(structure, leaves)))
+        rest = jax.tree.unflatten(structure, leaves)
+        return jax.jit(lambda arrays: function(*eqx.combine(arrays, rest)))
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         arrays, rest = eqx.partition(args, eqx.is_array)
         leaves, structure = jax.tree.flatten(rest)
-        return program(Same((structure, leaves)), arrays)
+        return program(Same((structure, leaves)))(arrays)
 
     return cast(F, call)

@@ -9,6 +9,7 @@ from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.optimizer._dynamics import Dynamics, State
+from rodjax.optimizer._same import compiled
 
 # A step count at which bias corrections have died out.
 LATE = 1e8
@@ -165,6 +166,11 @@ def threshold(
     ```
     """
     lr = dynamics.cast(params, lr=lr)
+    return _threshold(dynamics, jax.tree.map(jnp.asarray, params), lr)
+
+
+@compiled
+def _threshold(dynamics: Dynamics, params: PyTree, lr: PyTree) -> Float[Array, ""]:
     state = unit_preconditioner(dynamics.init(params, lr=lr))
     values = jax.tree.leaves(coordinate_thresholds(dynamics, state, lr=lr))
     return jnp.min(jnp.stack([jnp.min(x) for x in values]))

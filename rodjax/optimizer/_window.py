@@ -159,7 +159,7 @@ def warm_up(
 def opening(dynamics: Dynamics, params: PyTree, *, lr: PyTree) -> Window:
     """The window at step 0, for a program that compiles it with its own; see `warm_up`.
 
-    Compiled alone it would be kept, with the data that its loss holds, for good.
+    Compiled alone it would outlive that program, with the data that its loss holds.
     """
     zero = dynamics.init(params, lr=lr)
     one = dynamics.update(zero, lr=lr)

@@ -214,16 +214,6 @@ COMPARED: Mapping[str, str] = MappingProxyType(
 )
 
 
-def _each_lane(reduce: Callable[[Any], float], values: Any, depth: int = 1) -> Any:
-    """A number of what the last `depth` axes hold, for each entry along the others."""
-    values = np.asarray(values)
-    lanes = values.shape[: values.ndim - depth]
-    if not lanes:
-        return reduce(values)
-    rows = values.reshape(-1, *values.shape[len(lanes) :])
-    return np.array([reduce(row) for row in rows]).reshape(lanes)
-
-
 def _of_finite(reduce: Any, values: Any) -> float:
     finite = np.asarray(values)[np.isfinite(values)]
     return float(reduce(finite)) if finite.size else float("nan")

@@ -1,6 +1,7 @@
 """A flow solved with diffrax, and the optimizer itself, as the same Trajectory."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import diffrax
 import jax
@@ -162,18 +163,17 @@ def integrate(
     """
     moments = saved_moments(steps, every)
     method = solving(solver, substeps, stepsize_controller, adjoint)
+    key = jax.random.key(0) if key is None else key
     if isinstance(start, Reached):
-        _check_own(flow, start, lr)
-        params = flow.centre(start.state).params
+        lr = _check_own(flow, start, lr, key)
     else:
         params = start.at(0).params if isinstance(start, Window) else start
-    lr = flow.dynamics.cast(params, lr=lr)
-    start = jax.tree.map(jnp.asarray, start)
-    key = jax.random.key(0) if key is None else key
+        lr = flow.dynamics.cast(params, lr=lr)
+        start = _begun(flow, jax.tree.map(jnp.asarray, start), lr, key)
     every_metric = (losses(flow.dynamics.loss), *metrics)
     try:
         return _integrate(
-            flow, start, lr, key, every_metric, keep, progress, moments, every, method
+            flow, start, lr, every_metric, keep, progress, moments, every, method
         )
     except TypeError as error:
         if "forward-mode" not in str(error):
@@ -184,12 +184,15 @@ def integrate(
         ) from error
 
 
+# By itself, so that a flow goes the same way, to the last bit, however it was begun.
+_begun = compiled(begun)
+
+
 @compiled
 def _integrate(
     flow: Flow,
-    start: PyTree | Window | Reached,
+    start: Reached,
     lr: PyTree,
-    key: Array,
     metrics: tuple[Metric, ...],
     keep: Callable[[PyTree], PyTree],
     progress: Progress | None,
@@ -198,8 +201,7 @@ def _integrate(
     method: Method,
 ) -> Trajectory:
     course = solution(flow, lr, every, method)
-    at = start if isinstance(start, Reached) else begun(flow, start, lr, key)
-    return record(course, at, metrics, keep, progress, moments, every)
+    return record(course, start, metrics, keep, progress, moments, every)
 
 
 def saved_moments(steps: int, every: int) -> int:
@@ -213,19 +215,23 @@ def saved_moments(steps: int, every: int) -> int:
     return steps // every
 
 
-def _check_own(flow: Flow, start: Reached, lr: PyTree) -> None:
-    """Raise `ValueError` unless the state is one that this flow moves."""
-    shape = lambda x: (x.shape, x.dtype)
+def _check_own(flow: Flow, start: Reached, lr: PyTree, key: Array) -> PyTree:
+    """`lr` as arrays; raises `ValueError` unless the state is one of this flow's."""
+    kind = lambda tree: (
+        jax.tree.structure(tree),
+        [(x.shape, x.dtype) for x in jax.tree.leaves(tree)],
+    )
     try:
-        moved = jax.eval_shape(flow.vector_field, start.time, start.state, lr)
-        same = jax.tree.map(shape, moved) == jax.tree.map(shape, start.state)
-    except Exception as error:
-        # Whatever a flow makes of a state that is not its own.
-        same, cause = False, error
+        params = flow.centre(start.state).params
+    except AttributeError:
+        same = False
     else:
-        cause = None
+        lr = flow.dynamics.cast(params, lr=lr)
+        own = jax.eval_shape(partial(flow.init, lr=lr, key=key), params)
+        same = kind(own) == kind(start.state)
     if not same:
         raise ValueError(
-            "start is the final of another flow: go on with the flow, options and "
-            "learning rate that it is of, or start from a Window"
-        ) from cause
+            "start is the final of another flow: go on with the flow and options that "
+            "it is of, or start from a Window"
+        )
+    return lr

@@ -90,7 +90,7 @@ def set_out(spec: Spec, params: PyTree, point: Point) -> Places:
     # No flow can start from a run that is lost already.
     states = {name: begun(flow, window, lr, key) for name, flow in spec.flows}
     return {
-        name: begin(course, states.get(name, window), _metrics(spec), lost_at)
+        name: begin(course, states.get(name, window), recorded(spec), lost_at)
         for name, course in _courses(spec, lr).items()
     }
 
@@ -110,7 +110,7 @@ def follow(
     """
     places = jax.lax.cond(fresh, lambda: set_out(spec, params, point), lambda: places)
     courses = _courses(spec, _lr(spec, point, places[RUN].state.at(0).params))
-    metrics = _metrics(spec)
+    metrics = recorded(spec)
 
     def go_on(places: Places) -> Places:
         return {name: proceed(courses[name], place) for name, place in places.items()}
@@ -154,7 +154,8 @@ def _courses(spec: Spec, lr: PyTree) -> dict[str, Course]:
     return courses
 
 
-def _metrics(spec: Spec) -> tuple[Metric, ...]:
+def recorded(spec: Spec) -> tuple[Metric, ...]:
+    """The metrics of every trajectory, and those of this sweep."""
     return losses(spec.dynamics.loss), *spec.metrics
 
 

@@ -15,12 +15,11 @@ from rodjax.solve import (
     STEP,
     SUMMARIES,
     attributes,
-    losses,
     stacked,
     step_coordinate,
 )
 from rodjax.sweeps._grid import Grid
-from rodjax.sweeps._lanes import KEPT, Rows, Spec
+from rodjax.sweeps._lanes import KEPT, Rows, Spec, recorded
 
 if TYPE_CHECKING:
     import xarray
@@ -73,9 +72,9 @@ def block(
 def long_names(spec: Spec) -> dict[str, str]:
     """Name -> long name of all that a sweep's result may hold."""
     named = dict(COMPARED)
-    for source in (flow.reports for _, flow in spec.flows):
-        named |= source
-    for metric in (losses(spec.dynamics.loss), *spec.metrics):
+    for _, flow in spec.flows:
+        named |= flow.reports
+    for metric in recorded(spec):
         named |= metric.long_names
     return named
 
