@@ -29,5 +29,5 @@ def forget_compiled_programs():
     yield
     maps = Path("/proc/self/maps")
     # Of 65530 at most; a program that is kept need not be compiled again.
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 35_000:
         jax.clear_caches()

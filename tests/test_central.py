@@ -169,7 +169,14 @@ def dense_central(nu, entries, schedule, corrected):
     return lr, u, d_w, settle(g**2 + spread), predicted, norm, values[-1]
 
 
-@pytest.mark.parametrize("name", CASES)
+# The one quick case has a second moment, a bias correction and a schedule.
+QUICK = "rmsprop, bias-corrected, on a schedule"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES],
+)
 def test_field_is_the_dense_one(name):
     optimizer, entries, schedule, corrected = CASES[name]
     # One second moment of zero, whose gradient is zero too.

@@ -113,10 +113,11 @@ def inputs_of(name):
         ("gradient", "sgd", None),
         ("modulated", "sgd", None),
         ("edge", "sgd", 2),
-        ("rod", "sgd", None),
-        ("edge", "adam", None),
+        ("stable", "adam", None),
+        pytest.param("rod", "sgd", None, marks=pytest.mark.slow),
+        pytest.param("edge", "adam", None, marks=pytest.mark.slow),
         # Which asks for an eigenpair and for eigenvalues of the update map.
-        ("modulated", "adam", 2),
+        pytest.param("modulated", "adam", 2, marks=pytest.mark.slow),
     ],
 )
 def test_through_diffrax(flow, name, warmup):
@@ -155,7 +156,7 @@ def test_every_flow_both_ways(flow, name, warmup, plain):
     check(*functions, inputs_of(name), step=step)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize("name", ["sgd", pytest.param("adam", marks=pytest.mark.slow)])
 def test_through_runs(name):
     dynamics = rj.dynamics(OPTIMIZERS[name], valley)
 

@@ -252,7 +252,15 @@ def test_impossible_guesses_are_named(guess, message):
         rj.top_eigenpairs(lambda v: v, guess)
 
 
-@pytest.mark.parametrize(("n", "k"), [(20, 1), (20, 3), (20, 20), (60, 1), (100, 3)])
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [
+        (20, 3),
+        (20, 20),
+        (100, 3),
+        *(pytest.param(n, 1, marks=pytest.mark.slow) for n in (20, 60)),
+    ],
+)
 def test_derivatives_are_those_of_the_dense_decomposition(n, k):
     # Of the 20 parameters the matrix is formed, of the others it is not.
     rng = np.random.default_rng(n + k)
@@ -285,7 +293,7 @@ def test_derivatives_are_those_of_the_dense_decomposition(n, k):
     np.testing.assert_allclose(backwards, truth[1], rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("n", [20, 60])
+@pytest.mark.parametrize("n", [pytest.param(20, marks=pytest.mark.slow), 60])
 def test_derivatives_at_multiple_eigenvalues(n):
     change = np.random.default_rng(n).normal(size=(n, n))
     change = jnp.asarray(change + change.T)

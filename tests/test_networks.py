@@ -152,7 +152,7 @@ def test_sorting_matches_numpy(loss):
     ("name", "dtype"),
     [
         ("mlp", "float32"),
-        ("vit", "float64"),
+        pytest.param("vit", "float64", marks=pytest.mark.slow),
         ("sorting", "float32"),
         ("cnn", "float64"),
         pytest.param("vit", "float32", marks=pytest.mark.slow),

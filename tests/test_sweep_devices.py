@@ -74,6 +74,7 @@ def pair(save, *words):
     ]
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """Both return all of the bits of one, in memory and from the file in a shared out.
 
