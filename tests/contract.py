@@ -130,14 +130,14 @@ def window_of(optimizer, dtype=DTYPES[1]):
 
     def at(ahead):
         swing = 1e-3 * ((-1.0) ** ahead + 0.1 * ahead)
-        return rj.State(
-            jax.tree.map(lambda x: x + swing, zero.phase),
-            optax.tree.full_like(zero.slow, 0.1 + swing),
-            jax.tree.map(lambda x: x + 10.0 + ahead, zero.clock),
+        return zero._replace(
+            phase=jax.tree.map(lambda x: x + swing, zero.phase),
+            slow=optax.tree.full_like(zero.slow, 0.1 + swing),
+            clock=jax.tree.map(lambda x: x + 10 + ahead, zero.clock),
         )
 
     states = rj.flows.stack(*(at(k) for k in range(-REACH, REACH + 1)))
-    return rj.Window(states, jnp.asarray(10.0))
+    return rj.Window(states, jnp.asarray(10))
 
 
 def begun(flow, where, lr):

@@ -71,8 +71,9 @@ def sweep(args, i=0, out=None, progress=None):
     sgd, draw, flows, keep = problem(args.flow, args.keep)
     return rj.sweep(
         sgd,
-        draw,
+        None,
         20,
+        draw=draw,
         grid={"lr": [0.05, 0.3, 0.6], "seed": range(5)},
         flows=flows,
         keep=keep,

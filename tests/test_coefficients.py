@@ -165,8 +165,8 @@ def test_sign_changes_at_the_edge():
 def test_survives_divergence():
     lr = jnp.array([0.2, 30.0])
     run = jax.vmap(lambda lr: rj.descend(SGD, START, 12, lr=lr, metrics=[METRIC]))(lr)
-    assert bool(jnp.isnan(run.diverged_at[0])) and not bool(
-        jnp.isnan(run.diverged_at[1])
+    assert bool(jnp.isinf(run.diverged_at[0])) and not bool(
+        jnp.isinf(run.diverged_at[1])
     )
     lane = jax.tree.map(lambda x: x[0], (run.params, run.metrics))
     found = recorded(dataclasses.replace(run, metrics=lane[1]))

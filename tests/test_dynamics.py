@@ -203,13 +203,6 @@ ERRORS = {
     "integer params": (lambda: optax.sgd(0.1), {"i": jnp.arange(2)}, r"params\['i'\]"),
     "key in params": (lambda: optax.sgd(0.1), {"k": KEY}, r"params\['k'\]"),
     "empty params": (lambda: optax.sgd(0.1), {}, "params has no leaves"),
-    "noise": (
-        lambda: optax.chain(optax.add_noise(0.1, 0.5, key=KEY), optax.sgd(0.1)),
-        PARAMS,
-        r"\[0\]\.rng_key",
-    ),
-    "noisy sgd": (lambda: optax.noisy_sgd(0.1, key=KEY), PARAMS, r"rng_key"),
-    "boolean": (lambda: optax.apply_if_finite(optax.sgd(0.1), 3), PARAMS, r"finite"),
 }
 
 
@@ -219,6 +212,61 @@ def test_unfit_leaf_is_named(name):
     quadratic = lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p))
     with pytest.raises((TypeError, ValueError), match=message):
         rj.dynamics(optimizer(), quadratic).init(params)
+
+
+REFUSED = {
+    "noise": (
+        lambda: optax.chain(optax.add_noise(0.1, 0.5, key=KEY), optax.sgd(0.1)),
+        r"state\[0\]\.rng_key of dtype key.* changes from step to step",
+    ),
+    "noisy sgd": (lambda: optax.noisy_sgd(0.1, key=KEY), r"rng_key"),
+    "flag": (
+        lambda: optax.optimistic_gradient_descent(0.1),
+        r"is_initial_step of dtype bool .* changes from step to step",
+    ),
+    "every fourth": (
+        lambda: optax.chain(optax.apply_every(4), optax.sgd(0.1)),
+        r"params\['a'\] leaves out up to 3 steps in a row",
+    ),
+    "accumulated": (
+        lambda: optax.MultiSteps(optax.sgd(0.1), 20).gradient_transformation(),
+        r"leaves out up to 19 steps in a row",
+    ),
+    "table": (
+        lambda: optax.sgd(lambda n: jnp.linspace(0.1, 0.2, 50)[n]),
+        r"cannot read its step counter between two steps .* jnp.interp",
+    ),
+    "line search": (optax.lbfgs, r"is not finite from the first steps on"),
+    "neither": (
+        lambda: optax.chain(optax.ema(0.9), optax.stateless(one_sided), optax.sgd(0.1)),
+        r"update of params\['a'\] neither changes its sign",
+    ),
+}
+
+
+def one_sided(updates, params):
+    return jax.tree.map(lambda g: jnp.maximum(g, 0.1 * g), updates)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_flow_can_carry_runs_as_optax_has_it(name):
+    """The optimizer's own run is exact, integers, flags and all; flows say why not."""
+    make, message = REFUSED[name]
+    optimizer = make()
+    dynamics = rj.dynamics(optimizer, loss)
+    run = rj.descend(dynamics, PARAMS, 9)
+    assert np.isinf(run.diverged_at)
+    step = jax.jit(lambda whole: plain_step(optimizer, *whole)[1])
+    whole = (PARAMS, optimizer.init(PARAMS))
+    for t in range(11):
+        for name, end in run.ends.items():
+            x = end[t, 0] if t < 10 else end[9, 1]
+            np.testing.assert_allclose(x, whole[0][name], rtol=1e-12, atol=1e-14)
+        whole = step(whole)
+    for flow in (rj.flows.stable(dynamics), rj.flows.modulated(dynamics)):
+        for start in (PARAMS, run.final):
+            with pytest.raises(ValueError, match=message):
+                rj.integrate(flow, start, 4)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +321,7 @@ def test_hyperparameters_may_be_a_dictionary():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("factory", [optax.adam, rj.transforms.scalar_adam])
-def test_dtypes_are_kept_and_clocks_count_in_floats(dtype, factory):
+def test_dtypes_are_kept_and_clocks_count_in_integers(dtype, factory):
     scheduled = lambda lr: factory(lambda count: lr / (1.0 + count))
     params = optax.tree.cast(PARAMS, dtype)
     dynamics = rj.dynamics(scheduled, loss)
@@ -287,8 +335,10 @@ def test_dtypes_are_kept_and_clocks_count_in_floats(dtype, factory):
     assert {str(x.dtype) for x in jax.tree.leaves((state.phase, state.slow))} == {dtype}
     # bfloat16 could not count beyond 256.
     wide = jnp.promote_types(dtype, jnp.float32)
-    for count in jax.tree.leaves(state.clock):
-        assert count.dtype == wide and float(count) == 3.0
+    clocks = state.clock, dynamics.fluid(state, lr=lr).clock
+    for clock, kind in zip(clocks, (jnp.int32, wide), strict=True):
+        for count in jax.tree.leaves(clock):
+            assert count.dtype == kind and float(count) == 3.0
 
 
 def test_absent_leaves_and_python_numbers_are_welcome():

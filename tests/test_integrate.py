@@ -66,7 +66,7 @@ def test_descend_is_the_optax_loop(factory):
     near(run.metrics["loss"], jax.vmap(quartic)(run.params))
     each = [jax.vmap(quartic)(ends) for ends in sides]
     near(run.metrics["mean_loss"], 0.5 * (each[0] + each[1]))
-    assert float(run.evaluations) == 9 and np.isnan(run.diverged_at)
+    assert float(run.evaluations) == 9 and np.isinf(run.diverged_at)
     near(run.steps, np.arange(10.0))
 
 
@@ -185,13 +185,13 @@ def test_adaptive_evaluations_are_counted():
     "name", ["descend", pytest.param("stable", marks=pytest.mark.slow), "modulated"]
 )
 def test_diverging_lane_stays_alone(name):
-    one = lambda lr: solves[name](START, steps=12, lr=lr)
+    one = lambda lr: solves[name](START, steps=12, lr=lr, limit=np.inf)
     rates = STIFF if name == "stable" else RATES
     batch = jax.vmap(one)(rates)
     for i in (0, 2):
         close(lane(batch, i), one(rates[i]))
     diverged_at = np.asarray(batch.diverged_at)
-    assert np.array_equal(np.isnan(diverged_at), [True, False, True])
+    assert np.array_equal(np.isinf(diverged_at), [True, False, True])
     lost = lane(batch, 1)
     chex.assert_tree_all_finite(lost.final)
     if name == "descend":
@@ -214,6 +214,24 @@ def test_diverging_lane_stays_alone(name):
 
 
 # --- going on ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_has_left_for_good_has_diverged(dtype):
+    """Long before its numbers overflow, at the same step in both precisions."""
+    start = jnp.ones(1, dtype)
+    # w[t+1] = -2 w[t], whose midpoint is w[t] / 8 after the start's own.
+    run = rj.descend(BOWL, start, 40, lr=3.0)
+    assert float(run.diverged_at) == 13.0  # 2^13 / 8 is the first beyond 1000
+    assert np.array_equal(np.isnan(run.metrics["loss"]), np.arange(41) >= 13)
+    assert np.isinf(rj.descend(BOWL, start, 40, lr=3.0, limit=1e30).diverged_at)
+    # Both must have grown: from zero the norm has from the first step on.
+    pit = rj.dynamics(optax.sgd, lambda w: jnp.sum((w - 1.0) ** 2))
+    assert np.isinf(rj.descend(pit, 0.0 * start, 20, lr=0.1).diverged_at)
+    # A flow, w' = w, from -1/2 on.
+    hill = rj.flows.stable(rj.dynamics(optax.sgd, lambda w: -0.5 * jnp.sum(w**2)))
+    path = rj.integrate(hill, start, 10, lr=1.0)
+    assert float(path.diverged_at) == 7.0  # e^6.9
 
 
 def test_a_run_in_two_halves_is_the_run_in_one():

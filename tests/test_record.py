@@ -155,11 +155,14 @@ def test_a_data_set_is_of_one_lane():
     assert rj.dataset(lane(runs, 1), {})["loss"].shape == (1, 3)
 
 
-@pytest.mark.parametrize("name", ["distance", "flow", "step"])
-def test_a_metric_of_a_name_that_the_data_set_needs_is_refused(name):
-    run = rj.descend(SGD, W, 2, lr=0.1, metrics=[constant(name)])
-    with pytest.raises(ValueError, match=f"metrics: '{name}' is the name of something"):
-        rj.dataset(run, {})
+NAMES = ["distance", "flow", "step", "diverged_at", "evaluations", "final_loss", "a/b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_a_labelled_result_cannot_have_is_refused(name):
+    """Before anything is run."""
+    with pytest.raises(ValueError, match=f"metrics: '{name}', recorded by .* another"):
+        rj.descend(SGD, W, 2, lr=0.1, metrics=[constant(name)])
 
 
 # --- progress ------------------------------------------------------------------------

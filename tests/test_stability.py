@@ -125,7 +125,9 @@ def test_threshold_in_closed_form(name):
     preconditioner = edge[0] if edge else 1.0
     for lr, b in HYPERPARAMETERS:
         value = rj.threshold(rj.dynamics(make(lr, b), bowl), PARAMS)
-        np.testing.assert_allclose(value, truth(lr, b) * preconditioner, rtol=1e-12)
+        # Optax reads integer counts in single precision.
+        rtol = 1e-7 if name == "schedule" else 1e-12
+        np.testing.assert_allclose(value, truth(lr, b) * preconditioner, rtol=rtol)
 
 
 @pytest.mark.parametrize(("lr", "b"), HYPERPARAMETERS)
@@ -218,7 +220,7 @@ def test_scalar_second_moment_gives_every_coordinate_the_same_threshold(
     optimizer, edge
 ):
     dynamics = rj.dynamics(optimizer, bowl)
-    state = unit_preconditioner(dynamics.init(PARAMS))
+    state = unit_preconditioner(dynamics, dynamics.init(PARAMS))
     state = state._replace(slow=optax.tree.full_like(state.slow, 0.25))
     for value in jax.tree.leaves(rj.coordinate_thresholds(dynamics, state)):
         np.testing.assert_allclose(value, edge, rtol=1e-9)

@@ -42,6 +42,7 @@ def keep_first(w):
 
 #: One program for all; neither lanes nor moments are multiples of its chunks.
 COMMON = {
+    "draw": draw,
     "flows": FLOWS,
     "metrics": METRICS,
     "warmup": WARMUP,
@@ -54,7 +55,7 @@ COMMON = {
 
 @pytest.fixture(scope="module")
 def swept():
-    return rj.sweep(heavy, draw, STEPS, grid=GRID, **COMMON)
+    return rj.sweep(heavy, None, STEPS, grid=GRID, **COMMON)
 
 
 def single(lr, momentum, seed, steps=STEPS):
@@ -126,8 +127,8 @@ def test_one_compilation_for_any_grid(swept):
     settings = COMMON | {"flows": flows, "metrics": [rj.edge_of_stability(again)]}
     with jax.checking_leaks(), counted_compilations() as compiled:
         other = {"lr": [0.2, 0.3, 0.5], "momentum": 0.1, "seed": [0]}
-        first = rj.sweep(again, draw, 2 * STEPS, grid=other, **settings)
-        rj.sweep(again, draw, 16, grid=GRID | {"seed": range(9)}, **settings)
+        first = rj.sweep(again, None, 2 * STEPS, grid=other, **settings)
+        rj.sweep(again, None, 16, grid=GRID | {"seed": range(9)}, **settings)
     assert compiled == []
     assert first.momentum == 0.1 and first.momentum.dims == ()
 
@@ -155,7 +156,7 @@ def test_a_lane_lost_before_the_window_has_no_flows(swept):
         state, step = heavy.update(state, lr=h), step + 1
     assert step <= WARMUP
     grid = {"lr": [0.1, lr], "momentum": 0.2, "seed": 0}
-    data = rj.sweep(heavy, draw, STEPS, grid=grid, **COMMON)
+    data = rj.sweep(heavy, None, STEPS, grid=grid, **COMMON)
     assert data.diverged_at.sel(lr=lr).values.tolist() == [step] * 3
     assert data.evaluations.sel(lr=lr).values.tolist() == [0] * 3
     assert np.isnan(data.loss.sel(lr=lr)).all()
@@ -167,13 +168,13 @@ def test_a_lane_lost_before_the_window_has_no_flows(swept):
 def test_memory_bounds_the_chunk(monkeypatch):
     """All lanes and moments at a time, if nothing is said and they fit."""
     seen = []
-    settings = {"grid": GRID, "every": EVERY, "progress": seen.append}
-    expected = rj.sweep(heavy, draw, STEPS, **settings)
+    settings = {"grid": GRID, "draw": draw, "every": EVERY, "progress": seen.append}
+    expected = rj.sweep(heavy, None, STEPS, **settings)
     whole = seen[-1].program
     assert whole.lanes == 12
     room = 0.5 * whole.bytes
     monkeypatch.setattr(program, "memory", lambda devices: room / program.SHARE)
-    small = rj.sweep(heavy, draw, STEPS, **settings)
+    small = rj.sweep(heavy, None, STEPS, **settings)
     fitted = seen[-1].program
     assert fitted.bytes <= room and 1 < fitted.lanes < 12
     same(small, expected)
@@ -267,7 +268,9 @@ BAD = [
     ({"grid": {"lr": [0.1], "seed": [0.5]}}, "whole numbers"),
     ({"grid": {"lr": [0.1], "seed": [-1]}}, "whole numbers"),
     ({"grid": {"lr": [0.1], "seed": [0]}}, "function of a key"),
-    ({"grid": {"seed": 0}, "params": draw}, "lr is missing"),
+    ({"grid": {"seed": 0}, "params": None, "draw": draw}, "lr is missing"),
+    ({"draw": draw}, "give one of the two"),
+    ({"params": None}, "give one of the two"),
     ({"warmup": -1}, "warmup"),
     ({"steps": 7, "every": 2}, "every=2"),
     ({"every": 2, "time_chunk": 3}, "time_chunk"),
@@ -277,7 +280,7 @@ BAD = [
     ({"settings": {"steps": 3, "data": "mine"}}, "itself says data, steps"),
     ({"metrics": (rj.edge_of_stability(gd), rj.spectrum(gd, 2))}, "'residual' is"),
     ({"metrics": [recording("loss", 0.0)]}, "'loss' is recorded by"),
-    ({"metrics": [recording("distance", 0.0)]}, "'distance' is the name of"),
+    ({"metrics": [recording("distance", 0.0)]}, "'distance', recorded by"),
     ({"metrics": [recording("lr", 0.0)]}, "'lr' is the name of"),
     ({"metrics": [recording("both", np.zeros(2))]}, "'both' is not one number"),
     ({"metrics": [recording("tree", {"a": 0.0, "b": 0.0})]}, "'tree' is not one"),

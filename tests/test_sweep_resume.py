@@ -35,7 +35,8 @@ ASKED = {
 
 def sweep(out, **changed):
     """The values of a sweep, and its chunks' `Status`."""
-    asked = {"dynamics": SGD, "params": DRAW} | ASKED | {"out": out} | changed
+    start = {"params": None, "draw": None if "params" in changed else DRAW}
+    asked = {"dynamics": SGD} | start | ASKED | {"out": out} | changed
     seen = []
     with rj.sweep(**asked, progress=seen.append) as data:
         return worker.values(data), seen

@@ -131,12 +131,14 @@ def sweep(
             "dtype": dtype,
             "rank": "each flow's own" if rank is None else rank,
         }
+        drawn = SEED in points.values
         with Bar(shown=first) as bar:
             bar.begin("sweep", total)
             data = sweeps.sweep(
                 dynamics,
-                chosen.draw if SEED in points.values else chosen.params,
+                None if drawn else chosen.params,
                 steps,
+                draw=chosen.draw if drawn else None,
                 grid=grid,
                 flows=models,
                 warmup=warmup,

@@ -14,6 +14,7 @@ from rodjax.flows._flow import (
     centre_of,
     floor_size,
     half_step_back,
+    moving,
     shift,
     stack,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "half_step_back",
     "igr",
     "modulated",
+    "moving",
     "preconditioned_start",
     "principal",
     "principal_coefficient",

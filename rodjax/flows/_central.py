@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.flows._bends import third_derivatives
-from rodjax.flows._flow import Flow
+from rodjax.flows._flow import Flow, moving
 from rodjax.flows._scope import preconditioned_start
 from rodjax.flows._tracking import STEEPEST, Tracked, top_directions, turn
 from rodjax.linalg import Complementary, complementarity, cubature, root, square_root
@@ -174,11 +174,8 @@ def central(dynamics: Dynamics, *, rank: int = 3, gamma: float = 4.0) -> Flow:
         )
         # Positive in exact arithmetic.
         squares = unravel(jnp.maximum(squares, 0.0))
-        field = State(
-            phase=(unravel(step), *optax.tree.zeros_like(y.mean.phase[1:])),
-            slow=settle(y.mean, squares, lr),
-            clock=optax.tree.ones_like(y.mean.clock),
-        )
+        field = moving(y.mean, unravel(step))
+        field = field._replace(slow=settle(y.mean, squares, lr))
         return CentralState(field, seen.tracked.rate)
 
     def init(start: PyTree | Window, *, lr: PyTree, key: Array) -> CentralState:

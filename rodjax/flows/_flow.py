@@ -126,8 +126,27 @@ def shift(state: State, phase: PyTree, scale: float | Array = 1.0) -> State:
 
     ```
     """
-    moved = jax.tree.map(lambda z, d: z + scale * d, state.phase, phase)
+    # In the dtype of the state, where leaves may differ in theirs.
+    add = lambda z, d: z + jnp.astype(scale * d, z.dtype)
+    moved = jax.tree.map(add, state.phase, phase)
     return state._replace(phase=moved)
+
+
+def moving(state: State, params: PyTree) -> State:
+    """The field that moves the parameters by `params`, counts steps, and no more.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> sgd = rj.dynamics(optax.sgd(0.1), lambda w: 0.5 * jnp.sum(w**2))
+    >>> field = rj.flows.moving(sgd.init(jnp.ones(2)), jnp.array([3.0, 4.0]))
+    >>> field.params.tolist()
+    [3.0, 4.0]
+
+    ```
+    """
+    still = optax.tree.zeros_like(state)
+    ticks = optax.tree.ones_like(state.clock)
+    return still._replace(phase=(params, *still.phase[1:]), clock=ticks)
 
 
 def half_step_back(y: State, field: State) -> State:
@@ -152,7 +171,9 @@ def half_step_back(y: State, field: State) -> State:
 
 
 def centre_of(dynamics: Dynamics, start: PyTree | Window, *, lr: PyTree) -> State:
-    """Where a flow of midpoints starts: a window's own, or the initial state.
+    """Where a flow of midpoints starts, in floats: a window's, or the initial state.
+
+    **Raises** `ValueError` in words if no flow can carry the optimizer's state.
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
@@ -164,8 +185,8 @@ def centre_of(dynamics: Dynamics, start: PyTree | Window, *, lr: PyTree) -> Stat
     ```
     """
     if isinstance(start, Window):
-        return midpoint(start)
-    return dynamics.init(start, lr=lr)
+        return dynamics.fluid(midpoint(start), lr=lr)
+    return dynamics.fluid(dynamics.init(start, lr=lr), lr=lr)
 
 
 def floor_size(

@@ -7,10 +7,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from rodjax.flows._flow import Floor, Flow, floor_size, half_step_back, shift, stack
+from rodjax.flows._flow import (
+    Floor,
+    Flow,
+    centre_of,
+    floor_size,
+    half_step_back,
+    shift,
+    stack,
+)
 from rodjax.flows._ringing import ringing
 from rodjax.linalg import length
-from rodjax.optimizer import Dynamics, State, Window, alternating, midpoint
+from rodjax.optimizer import Dynamics, State, Window, alternating
 
 # Growth rates per step for which the scalar logarithm below is used as it is.
 SLOWEST, FASTEST = -0.3, 1.0
@@ -117,12 +125,13 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, floor: Floor = None) -> F
 
     def init(start: PyTree | Window, *, lr: PyTree, key: Array) -> ModulatedState:
         if isinstance(start, Window):
-            mean, delta = midpoint(start), alternating(start).phase
+            mean = centre_of(dynamics, start, lr=lr)
+            delta = alternating(start).phase
             memory, log_decay = ringing(dynamics, start, lr=lr)
             scale = floor(lr) if callable(floor) else floor
             memory = memory if scale is None else jnp.where(scale == 0, 0, memory)
         else:
-            mean = dynamics.init(start, lr=lr)
+            mean = centre_of(dynamics, start, lr=lr)
             delta = optax.tree.zeros_like(mean.phase)
             memory = log_decay = jnp.zeros_like(roundoff(mean.params, lr))
         # Any delta at all needs a direction to be pushed along.

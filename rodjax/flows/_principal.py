@@ -12,7 +12,7 @@ from jaxtyping import Array, Complex, Float, PyTree
 
 from rodjax.curvature import hessian_eigenpairs
 from rodjax.flows._backward_error import half_step_earlier
-from rodjax.flows._flow import Flow
+from rodjax.flows._flow import Flow, moving
 from rodjax.flows._logarithm import principal_coefficient
 from rodjax.flows._scope import gradient_descent_start
 from rodjax.flows._tracking import turn, with_sign
@@ -120,8 +120,7 @@ def _exact(dynamics: Dynamics) -> Flow:
         along = jnp.linalg.solve(vectors, slope)
         factors = principal_coefficient(rate * values, LEAST_EXACT)
         move = vectors @ (rate * factors * along)
-        phase = (unravel(jnp.real(move)), *optax.tree.zeros_like(y.mean.phase[1:]))
-        field = State(phase, y.mean.slow, optax.tree.ones_like(y.mean.clock))
+        field = moving(y.mean, unravel(jnp.real(move)))
         return PrincipalState(field, unravel(jnp.imag(move)))
 
     return Flow(
@@ -181,9 +180,7 @@ def _top(dynamics: Dynamics, count: int) -> Flow:
         series = -1.0 - 0.5 * values
         extra = jnp.real(principal_coefficient(values, LEAST)) - series
         move = step + 0.5 * rate * curve(step) - (extra * along) @ vectors
-        phase = (unravel(move), *optax.tree.zeros_like(y.mean.phase[1:]))
-        field = State(phase, y.mean.slow, optax.tree.ones_like(y.mean.clock))
-        return TopState(field, seen.rate)
+        return TopState(moving(y.mean, unravel(move)), seen.rate)
 
     return Flow(
         init=init,

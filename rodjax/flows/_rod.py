@@ -128,7 +128,7 @@ def rod(
 
     def init(start: PyTree | Window, *, lr: PyTree, key: Array) -> RodState:
         window = start if isinstance(start, Window) else warm_up(dynamics, start, lr=lr)
-        mean = half_step_midpoint(window)
+        mean = dynamics.fluid(half_step_midpoint(window), lr=lr)
         if rank > 1 and not dense and has_momentum(mean):
             raise ValueError(
                 f"rank={rank} is refused for an optimizer with momentum: the bundle of "

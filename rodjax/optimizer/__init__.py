@@ -8,23 +8,22 @@ not know: derivatives of the loss beyond its gradient, flows, solvers, files.
 
 from rodjax.optimizer._dynamics import (
     Dynamics,
-    Kind,
     Loss,
-    OptimizerFactory,
     State,
     dynamics,
     merge,
     split_like,
 )
+from rodjax.optimizer._linear import LinearMap, has_momentum, linearize
 from rodjax.optimizer._same import Same, compiled, fingerprint
+from rodjax.optimizer._split import Kind, OptimizerFactory
 from rodjax.optimizer._stability import (
-    LinearMap,
+    Edges,
     alternating_multiplier,
+    coordinate_edges,
     coordinate_thresholds,
-    has_momentum,
     inverse_preconditioner,
     learning_rate,
-    linearize,
     threshold,
     unit_preconditioner,
 )
@@ -42,6 +41,7 @@ from rodjax.optimizer._window import (
 __all__ = [
     "REACH",
     "Dynamics",
+    "Edges",
     "Kind",
     "LinearMap",
     "Loss",
@@ -52,6 +52,7 @@ __all__ = [
     "alternating",
     "alternating_multiplier",
     "compiled",
+    "coordinate_edges",
     "coordinate_thresholds",
     "dynamics",
     "fingerprint",

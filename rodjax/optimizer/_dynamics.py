@@ -7,33 +7,28 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import (
-    GetAttrKey,
-    keystr,
-    tree_leaves_with_path,
-    tree_map_with_path,
-)
+from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Float, PyTree
 
-#: Optax state fields that hold second moments: gradients enter them squared.
-SECOND_MOMENTS = frozenset(
-    {"nu", "nu_max", "sum_of_squares", "e_g", "e_x", "n", "v_row", "v_col"}
-)
+from rodjax.optimizer._split import PARTS, Kind, OptimizerFactory, Split, split_of
 
 Loss = Callable[[Any], Float[Array, ""]]
-OptimizerFactory = Callable[[Any], optax.GradientTransformation]
-Kind = Callable[[tuple[Any, ...], Any], str | None]
 
 
 class State(NamedTuple):
-    """The whole state of an optimizer, in three parts of one tree structure.
+    """The whole state of an optimizer, in four parts of one tree structure.
 
     Every part has the structure `(params, optax_state)` with `None` where a leaf
-    belongs to another part, so `equinox.combine(*state)` is the whole.
+    belongs to another part, so `equinox.combine(*state)` is the whole. Which part a
+    leaf belongs to is found by showing the optimizer a gradient and its opposite.
 
-    - `phase`: what may flip sign every step: parameters and first moments.
-    - `slow`: second moments, which do not flip since gradients enter squared.
-    - `clock`: step counters, carried as floats so that a flow can advance them.
+    - `phase`: what may flip sign every step: parameters, and whatever changes its sign
+      with the gradient (first moments).
+    - `slow`: what changes with the gradient but not with its sign (second moments).
+    - `clock`: step counters. Integers, as Optax counts, in a run; floats in a flow,
+      which advances them by fractions.
+    - `rest`: what no gradient changes and does not count steps: injected
+      hyperparameters, flags, constants.
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
@@ -51,6 +46,7 @@ class State(NamedTuple):
     phase: PyTree
     slow: PyTree
     clock: PyTree
+    rest: PyTree
 
     @property
     def params(self) -> PyTree:
@@ -76,6 +72,12 @@ class RespondFn(Protocol):
     def __call__(self, state: State, grad: PyTree, *, lr: PyTree = None) -> State: ...
 
 
+class FluidFn(Protocol):
+    """`fluid(state, *, lr) -> State`."""
+
+    def __call__(self, state: State, *, lr: PyTree = None) -> State: ...
+
+
 class CastFn(Protocol):
     """`cast(params, *, lr) -> lr`."""
 
@@ -90,7 +92,11 @@ class Dynamics(NamedTuple):
     - `increment(state, *, lr) -> State`: F(z) = Phi(z) - z, with the parameters' part
       taken from the optimizer directly so that no digits cancel.
     - `respond(state, grad, *, lr) -> State`: one step that is shown `grad` in place of
-      the loss's gradient (how curvature enters is then the caller's choice).
+      the loss's gradient (how curvature enters is then the caller's choice). Raises
+      `ValueError` for an optimizer whose step this does not tell: one that goes by the
+      loss itself (Polyak's), or moves only every so many steps.
+    - `fluid(state, *, lr) -> State`: the state in floats, as a flow carries it. Raises
+      `ValueError` in words where no flow can carry the state of this optimizer.
     - `loss(params)`: the scalar loss.
     - `cast(params, *, lr)`: `lr` as arrays of the parameters' dtype, checked.
 
@@ -102,6 +108,7 @@ class Dynamics(NamedTuple):
     update: StepFn
     increment: StepFn
     respond: RespondFn
+    fluid: FluidFn
     loss: Loss
     cast: CastFn
 
@@ -130,8 +137,8 @@ def dynamics(
     One step is $g = \nabla L(w)$, $(u, s') = \mathrm{update}(g, s, w)$, $w' = w + u$.
     The optimizer also gets `value`, `grad` and `value_fn` as Optax extra arguments.
     Nothing here or in the flows is written per optimizer: the state is only split
-    into phase, slow and clock (see `State`). Scalar integers are clocks; fields named
-    as second moments (`SECOND_MOMENTS`) are slow; every other float leaf is phase.
+    into phase, slow, clock and rest (see `State`), by trying the optimizer out, once
+    for each shape of the parameters, on three steps from parameters at zero.
 
     **Arguments**
 
@@ -142,15 +149,17 @@ def dynamics(
       a whole grid shares one compilation.
     - `loss`: params -> scalar, differentiable.
     - `kind`: optional override of the split, a function `(path, leaf) -> "phase" |
-      "slow" | "clock" | None` over the leaves of the Optax state (`path` as in
-      `jax.tree_util`); `None` keeps the default for that leaf.
+      "slow" | "clock" | "rest" | None` over the leaves of the Optax state (`path` as in
+      `jax.tree_util`, `leaf` with a shape and a dtype); `None` keeps what was found.
 
     **Raises**
 
     `TypeError` or `ValueError`, from `init`, naming the leaf or argument: parameters
-    that are not real floats, a loss that is not a scalar, a state leaf that cannot be
-    carried along a flow (an integer array that is no counter, a key, a boolean), an
-    `lr` missing or given in vain.
+    that are not real floats, a loss that is not a scalar, an `lr` missing or given in
+    vain. From `fluid`, and so from every flow, though not from the optimizer's own run:
+    a state that no flow can carry (injected noise, flags or integers that change, a
+    leaf that is neither odd nor even in the gradient, updates that come only every so
+    many steps, a schedule that cannot be read between two steps).
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
@@ -187,51 +196,53 @@ def dynamics(
 
     def init(params: PyTree, *, lr: PyTree = None) -> State:
         lr = cast(params, lr=lr)
-        dtype = _float_dtype(params)
         params = jax.tree.map(jnp.asarray, params)
         _check_scalar_loss(loss, params)
-        whole = (params, factory(lr).init(params))
-        inner = [path for path, _ in tree_leaves_with_path(params)]
-        kinds = tree_map_with_path(lambda path, x: _kind(path, x, inner, kind), whole)
-        # Half precision cannot count steps.
-        clock_dtype = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
-        whole = jax.tree.map(
-            # An explicit dtype also drops weak types, which would retrace a scan.
-            lambda x, k: jnp.asarray(
-                x, clock_dtype if k == "clock" else jnp.result_type(x)
-            ),
-            whole,
-            kinds,
-        )
-        return State(
-            *(
-                eqx.filter(whole, jax.tree.map(lambda k, p=part: k == p, kinds))
-                for part in State._fields
-            )
-        )
+        # An explicit dtype also drops weak types, which would retrace a scan.
+        strong = lambda x: jnp.asarray(x, jnp.result_type(x))
+        whole = jax.tree.map(strong, (params, factory(lr).init(params)))
+        parts = split_of(factory, params, lr, kind).parts
+        leaves, structure = jax.tree.flatten(whole)
+        pairs = list(zip(leaves, parts, strict=True))
+        only = lambda part: [x if p == part else None for x, p in pairs]
+        return State(*(jax.tree.unflatten(structure, only(part)) for part in PARTS))
 
     def step(state: State, value: Array, grad: PyTree, lr: PyTree):
-        params, old = merge(state)
+        params, old = merge(_as_optax(state, split_of(factory, state.params, lr, kind)))
         optimizer = optax.with_extra_args_support(factory(lr))
         updates, new = optimizer.update(
             grad, old, params, value=value, grad=grad, value_fn=loss
         )
-        return updates, optax.tree.cast_like(new, old)
+        like = lambda x, y: x if x.dtype == y.dtype else jnp.astype(x, y.dtype)
+        return updates, jax.tree.map(like, new, merge(state)[1])
 
     def update(state: State, *, lr: PyTree = None) -> State:
         updates, new = step(state, *jax.value_and_grad(loss)(state.params), lr)
         return split_like((optax.apply_updates(state.params, updates), new), state)
 
     def increment(state: State, *, lr: PyTree = None) -> State:
+        state = in_floats(state)
         updates, new = step(state, *jax.value_and_grad(loss)(state.params), lr)
         updates = optax.tree.cast_like(updates, state.params)
         return split_like((updates, optax.tree.sub(new, merge(state)[1])), state)
 
     def respond(state: State, grad: PyTree, *, lr: PyTree = None) -> State:
+        opaque = split_of(factory, state.params, lr, kind).opaque
+        if opaque is not None:
+            raise ValueError(
+                f"this optimizer {opaque}, so that no threshold or preconditioner "
+                "follows from curvature"
+            )
         updates, new = step(state, jnp.zeros((), _float_dtype(grad)), grad, lr)
         return split_like((optax.apply_updates(state.params, updates), new), state)
 
-    return Dynamics(init, update, increment, respond, loss, cast)
+    def fluid(state: State, *, lr: PyTree = None) -> State:
+        refusal = split_of(factory, state.params, lr, kind).refusal
+        if refusal is not None:
+            raise ValueError(f"no flow can carry this optimizer: {refusal}")
+        return in_floats(state)
+
+    return Dynamics(init, update, increment, respond, fluid, loss, cast)
 
 
 def _float_dtype(params: PyTree) -> jnp.dtype:
@@ -256,33 +267,22 @@ def _check_scalar_loss(loss: Loss, params: PyTree) -> None:
         )
 
 
-def _kind(
-    path: tuple[Any, ...],
-    leaf: Any,
-    inner: list[tuple[Any, ...]],
-    override: Kind | None,
-) -> str:
-    in_params, rest = path[0].idx == 0, path[1:]
-    if in_params:
-        return "phase"
-    if override is not None and (chosen := override(rest, leaf)) is not None:
-        if chosen not in State._fields:
-            raise ValueError(
-                f"kind returned {chosen!r} for {keystr(rest)}: it must be 'phase', "
-                "'slow', 'clock' or None"
-            )
-        return chosen
-    dtype = jnp.result_type(leaf)
-    if jnp.issubdtype(dtype, jnp.integer) and jnp.shape(leaf) == ():
-        return "clock"
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"optimizer state leaf {keystr(rest)} has dtype {dtype} and shape "
-            f"{jnp.shape(leaf)}: a flow can carry floats and scalar step counters "
-            "only. Use an optimizer without it (no injected noise, no integer buffers)"
-        )
-    # The parameters' own attribute names, below Optax's, say nothing about the field.
-    depth = max((len(p) for p in inner if p and rest[-len(p) :] == p), default=0)
-    fields = rest[: len(rest) - depth]
-    names = (key.name for key in fields if isinstance(key, GetAttrKey))
-    return "slow" if any(name in SECOND_MOMENTS for name in names) else "phase"
+def in_floats(state: State) -> State:
+    """Counters and flags as floats, of single precision at least to count in."""
+    dtype = jnp.promote_types(_float_dtype(state.params), jnp.float32)
+    discrete = lambda x: jnp.isdtype(x.dtype, ("bool", "integral"))
+    return jax.tree.map(lambda x: jnp.astype(x, dtype) if discrete(x) else x, state)
+
+
+def _as_optax(state: State, split: Split) -> State:
+    """Flags and integers as Optax has them; counters may stay between two steps."""
+    structure = jax.tree.structure(merge(state))
+    dtypes = split_like(jax.tree.unflatten(structure, split.dtypes), state)
+
+    def back(x: Array, dtype: Any) -> Array:
+        if x.dtype == dtype or jnp.issubdtype(dtype, jnp.floating):
+            return x
+        flag = jnp.issubdtype(dtype, jnp.bool)
+        return jnp.astype(x > 0.5 if flag else jnp.round(x), dtype)
+
+    return state._replace(rest=jax.tree.map(back, state.rest, dtypes.rest))

@@ -5,76 +5,69 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array, Float, PyTree
 
+from rodjax.optimizer._crossing import crossing
 from rodjax.optimizer._dynamics import Dynamics, State
+from rodjax.optimizer._linear import linearize, mixing
 from rodjax.optimizer._same import compiled
 
-# A step count at which bias corrections have died out.
-LATE = 1e8
+# A step count at which bias corrections have died out; and steps without a gradient
+# from there on, in which whatever else averages over time has settled.
+LATE, SETTLED = 10**8, 10_000
+# Of the update that other coordinates may have a part in.
+APART = 1e-3
 
 
-class LinearMap(NamedTuple):
-    """The update map on a quadratic, linearized at rest with a frozen slow state.
+class Edges(NamedTuple):
+    """Where each coordinate alone would lose its stability.
 
-    Per coordinate, for each leaf [...] of the parameters, with n the number of slots
-    a coordinate has in the phase (itself, its momentum, ...):
-
-    - `free`: [..., n, n], the map without curvature.
-    - `response`: [..., n], how the slots answer to a unit gradient.
-
-    With curvature l the map is `free + l * response e_0^T`: affine in l, and so is
-    every determinant of it.
+    - `curvature`: a pytree like the parameters; infinite where curvature does nothing.
+    - `angle`: likewise, in (0, pi]: what it loses it to turns by so much a step, with
+      the period 2 pi / angle. pi is an oscillation of period two, and what stands where
+      no curvature does it.
     """
 
-    free: PyTree
-    response: PyTree
-
-    def at(self, curvature: PyTree) -> PyTree:
-        """The map [..., n, n] at these curvatures, one for each coordinate."""
-        return jax.tree.map(
-            lambda free, response, c: free.at[..., 0].add(c[..., None] * response),
-            self.free,
-            self.response,
-            curvature,
-        )
+    curvature: PyTree
+    angle: PyTree
 
 
-def linearize(dynamics: Dynamics, state: State, *, lr: PyTree = None) -> LinearMap:
-    """The linear map of every coordinate at `state`, for curvature along it alone.
+def coordinate_edges(dynamics: Dynamics, state: State, *, lr: PyTree = None) -> Edges:
+    r"""The curvature at which each coordinate alone becomes unstable, and to what.
 
-    Exact for optimizers that act on each coordinate through a preconditioner that a
-    vanishing gradient does not move. NaN where `update` has no derivative at zero
-    gradient (trust ratios, orthogonalized updates).
+    The least curvature $\lambda > 0$ at which $\partial\Phi/\partial z$ has an
+    eigenvalue $e^{i\omega}$ on the unit circle, $0 < \omega \le \pi$. Gradient
+    descent, momentum and Adam lose stability at $\omega = \pi$, two or more filters of
+    the gradient in a row at other angles (Lee, Lee, arXiv 2608.18415); the flows that
+    oscillate do so with period two.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> filters = optax.chain(optax.trace(0.5), optax.trace(0.5), optax.sgd(0.05))
+    >>> twice = rj.dynamics(filters, lambda w: jnp.sum(w**2))
+    >>> edges = rj.optimizer.coordinate_edges(twice, twice.init(jnp.zeros(1)))
+    >>> [float(x[0].round(4)) for x in edges]  # alternating only from 90 on
+    [15.0, 0.7227]
+
+    ```
     """
-    slots = _slots(state)
-    state = _at_rest(dynamics, state, lr=lr)
-    no_grad = optax.tree.zeros_like(state.params)
-
-    def respond(phase, grad):
-        return dynamics.respond(state._replace(phase=phase), grad, lr=lr).phase
-
-    def column(d_phase, d_grad):
-        _, out = jax.jvp(respond, (state.phase, no_grad), (d_phase, d_grad))
-        return _gather(out, slots)
-
-    columns = [column(_ones_in(state.phase, slot), no_grad) for slot in slots]
-    free = jax.tree.map(lambda *c: jnp.stack(c, -1), *columns)
-    still = optax.tree.zeros_like(state.phase)
-    return LinearMap(free, column(still, optax.tree.ones_like(state.params)))
+    linear = linearize(dynamics, state, lr=lr)
+    each = jnp.vectorize(crossing, signature="(n,n),(n)->(),()")
+    found = jax.tree.map(each, linear.free, linear.response)
+    structure = jax.tree.structure(state.params)
+    return Edges(*jax.tree.transpose(structure, jax.tree.structure((0, 0)), found))
 
 
 def coordinate_thresholds(
     dynamics: Dynamics, state: State, *, lr: PyTree = None
 ) -> PyTree:
-    r"""The curvature at which each coordinate alone would start to alternate.
+    r"""The curvature at which each coordinate alone would become unstable.
 
-    The root in $\lambda$ of $\det(\partial\Phi/\partial z + I) = 0$, affine in
-    $\lambda$. For a diagonal preconditioner P it is the stability threshold times P,
-    so with D the diagonal matrix of these values the optimizer is at its edge exactly
-    when $\lambda_{\max}(D^{-1/2} H D^{-1/2}) = 1$: this ratio is the preconditioned
-    sharpness over its threshold, for any such optimizer and without knowing P.
+    Those of `coordinate_edges`. For a diagonal preconditioner P it is the stability
+    threshold times P, so with D the diagonal matrix of these values the optimizer is at
+    its edge exactly when $\lambda_{\max}(D^{-1/2} H D^{-1/2}) = 1$: this ratio is the
+    preconditioned sharpness over its threshold, for any such optimizer and without
+    knowing P.
 
     Returns a pytree like the parameters; infinite where curvature has no effect.
 
@@ -87,16 +80,7 @@ def coordinate_thresholds(
 
     ```
     """
-    free, response = linearize(dynamics, state, lr=lr)
-
-    def root(free, response):
-        shifted = free + jnp.eye(len(response), dtype=free.dtype)
-        slope = jnp.linalg.det(shifted.at[:, 0].set(response))
-        none = slope == 0
-        edge = -jnp.linalg.det(shifted) / jnp.where(none, 1.0, slope)
-        return jnp.where(none, jnp.inf, edge)
-
-    return jax.tree.map(jnp.vectorize(root, signature="(n,n),(n)->()"), free, response)
+    return coordinate_edges(dynamics, state, lr=lr).curvature
 
 
 def inverse_preconditioner(
@@ -144,9 +128,9 @@ def threshold(
 ) -> Float[Array, ""]:
     r"""The stability threshold of an optimizer on its preconditioned sharpness.
 
-    The root of $\det(\partial\Phi/\partial z + I) = 0$ on a one-dimensional quadratic,
-    with the second moments at one and bias corrections over. With beta = momentum
-    (Optax's trace is not averaged):
+    The least curvature at which the update map on a one-dimensional quadratic has an
+    eigenvalue on the unit circle, with the second moments at one and all that averages
+    over time settled. With beta = momentum (Optax's trace is not averaged):
 
     - GD, RMSProp: $2/\eta$; heavy ball: $(2+2\beta)/\eta$;
       Nesterov: $(2+2\beta)/((1+2\beta)\eta)$;
@@ -155,6 +139,11 @@ def threshold(
 
     (Cohen et al., arXiv 2103.00065 for momentum, 2207.14484 for Adam). The smallest
     over the coordinates if they differ. A schedule is read at its end.
+
+    **Raises** `ValueError` where coordinates have no thresholds of their own: the
+    update has no derivative at zero gradient, or mixes coordinates (trust ratios,
+    orthogonalized updates, averages that the gradient is not taken at). NaN instead if
+    `lr` or `params` are traced.
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
@@ -166,22 +155,54 @@ def threshold(
     ```
     """
     lr = dynamics.cast(params, lr=lr)
-    return _threshold(dynamics, jax.tree.map(jnp.asarray, params), lr)
+    value, mixed = _threshold(dynamics, jax.tree.map(jnp.asarray, params), lr)
+    # Written so that NaN is no agreement.
+    separate = mixed < APART
+    if isinstance(value, jax.core.Tracer):
+        return jnp.where(separate, value, jnp.nan)
+    if not separate:
+        raise ValueError(
+            "the coordinates of this optimizer have no thresholds of their own: its "
+            "update has no derivative at zero gradient, or mixes coordinates, as trust "
+            "ratios, orthogonalized updates and averaged parameters do"
+        )
+    return value
 
 
 @compiled
-def _threshold(dynamics: Dynamics, params: PyTree, lr: PyTree) -> Float[Array, ""]:
-    state = unit_preconditioner(dynamics.init(params, lr=lr))
+def _threshold(dynamics: Dynamics, params: PyTree, lr: PyTree) -> tuple[Array, Array]:
+    state = unit_preconditioner(dynamics, dynamics.init(params, lr=lr), lr=lr)
     values = jax.tree.leaves(coordinate_thresholds(dynamics, state, lr=lr))
-    return jnp.min(jnp.stack([jnp.min(x) for x in values]))
+    least = jnp.min(jnp.stack([jnp.min(x, initial=jnp.inf) for x in values]))
+    linear = linearize(dynamics, state, lr=lr)
+    return least, mixing(dynamics, state, linear, lr=lr)
 
 
-def unit_preconditioner(state: State) -> State:
-    """`state` with second moments at one, long after bias corrections have ended."""
-    return state._replace(
+def unit_preconditioner(
+    dynamics: Dynamics, state: State, *, lr: PyTree = None
+) -> State:
+    """`state` with second moments at one, once all that averages over time settled.
+
+    Counters are far on, where bias corrections have died out, and what else no gradient
+    moves has taken 10,000 steps from there.
+    """
+    state = state._replace(
         slow=optax.tree.ones_like(state.slow),
         clock=optax.tree.full_like(state.clock, LATE),
     )
+    if not jax.tree.leaves(state.rest):
+        return state
+    no_grad = optax.tree.zeros_like(state.params)
+
+    def one(_, carry):
+        rest, clock = carry
+        at = state._replace(rest=rest, clock=clock)
+        after = dynamics.respond(at, no_grad, lr=lr)
+        return after.rest, after.clock
+
+    carry = (state.rest, state.clock)
+    rest, clock = jax.lax.fori_loop(0, SETTLED, one, carry)
+    return state._replace(rest=rest, clock=clock)
 
 
 def alternating_multiplier(
@@ -197,7 +218,7 @@ def alternating_multiplier(
     preconditioner, at `ratio` times its threshold, the one nearest to alternating.
     Momentum makes it a complex pair of modulus sqrt(beta) below the threshold.
     """
-    state = unit_preconditioner(state)
+    state = unit_preconditioner(dynamics, state, lr=lr)
     edge = coordinate_thresholds(dynamics, state, lr=lr)
     linear = linearize(dynamics, state, lr=lr)
     maps = jax.tree.leaves(linear.at(jax.tree.map(lambda e: ratio * e, edge)))[0]
@@ -216,64 +237,4 @@ def alternating_multiplier(
         square < 0,
         jax.lax.complex(half, root),
         jax.lax.complex(half - root, zero),
-    )
-
-
-def has_momentum(state: State) -> bool:
-    """Whether the phase holds more than the parameters themselves."""
-    return len(_slots(state)) > 1
-
-
-def _at_rest(dynamics: Dynamics, state: State, *, lr: PyTree) -> State:
-    """No momentum, and slow parts that one step without gradient leaves as they were.
-
-    The optimizer moves its second moment before it divides by it; frozen therefore
-    means frozen at the value it divides by.
-    """
-    params = state.params
-    slots = _slots(state)[1:]
-    # Other leaves, such as injected hyperparameters, are no momentum.
-    phase = tree_map_with_path(
-        lambda path, x: jnp.zeros_like(x) if _inside(path, slots) else x, state.phase
-    )
-    # A zero second moment has no derivative of its root, and its coordinate no
-    # gradient: any tiny value serves whose square, which derivatives contain, is none.
-    tiny = lambda s: max(1e-30, 10 * float(jnp.finfo(s.dtype).tiny) ** 0.5)
-    slow = jax.tree.map(lambda s: jnp.maximum(s, tiny(s)), state.slow)
-    state = State(phase, slow, state.clock)
-    after = dynamics.respond(state, optax.tree.zeros_like(params), lr=lr).slow
-    slow = jax.tree.map(lambda s, a: jnp.where(a > 0, s * (s / a), s), slow, after)
-    return state._replace(slow=slow)
-
-
-def _slots(state: State) -> list[tuple]:
-    """Path prefixes of the copies of the parameters in the phase, themselves first."""
-    inside = [path for path, _ in tree_leaves_with_path(state.phase[0])]
-    shapes = {path: x.shape for path, x in tree_leaves_with_path(state.phase)}
-    own = tree_leaves_with_path(state.phase)[0][0][:1]
-
-    def mirrors(prefix):
-        return all(shapes.get(prefix + p) == shapes[own + p] for p in inside)
-
-    depths = {len(p) for p in inside}
-    prefixes = (path[: len(path) - n] for path in shapes for n in depths)
-    return list(dict.fromkeys(p for p in prefixes if p and mirrors(p)))
-
-
-def _inside(path: tuple, slots: list[tuple]) -> bool:
-    return any(path[: len(slot)] == slot for slot in slots)
-
-
-def _ones_in(phase: PyTree, slot: tuple) -> PyTree:
-    return tree_map_with_path(
-        lambda path, x: jnp.full_like(x, float(_inside(path, [slot]))), phase
-    )
-
-
-def _gather(phase: PyTree, slots: list[tuple]) -> PyTree:
-    """The slots of every coordinate side by side: params-shaped leaves [..., n]."""
-    leaves = dict(tree_leaves_with_path(phase))
-    return tree_map_with_path(
-        lambda path, _: jnp.stack([leaves[slot + path] for slot in slots], -1),
-        phase[0],
     )

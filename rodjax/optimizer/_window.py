@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, PyTree
 
-from rodjax.optimizer._dynamics import Dynamics, State
+from rodjax.optimizer._dynamics import Dynamics, State, in_floats
 from rodjax.optimizer._same import compiled
 
 #: States on either side of a window's middle.
@@ -42,12 +41,16 @@ class Window(NamedTuple):
 
 
 def _combine(window: Window, weights: list[float], first: int) -> State:
-    """The linear combination of consecutive states from `step + first` on."""
+    """The linear combination of consecutive states from `step + first` on, in floats.
+
+    Of what is neither phase, slow nor clock, the middle state's own.
+    """
     pick = slice(REACH + first, REACH + first + len(weights))
-    return jax.tree.map(
-        lambda x: jnp.tensordot(jnp.asarray(weights, x.dtype), x[pick], 1),
-        window.states,
+    states = in_floats(window.states)
+    combined = jax.tree.map(
+        lambda x: jnp.tensordot(jnp.asarray(weights, x.dtype), x[pick], 1), states
     )
+    return combined._replace(rest=window.at(0).rest)
 
 
 def midpoint(window: Window, ahead: int = 0) -> State:
@@ -123,7 +126,7 @@ def warm_up(
 
     Before step 0 there are no iterates: they are extrapolated linearly,
     z[-k] = z[0] - k (z[1] - z[0]), which makes the second-order midpoint at 0 the start
-    itself.
+    itself; what is not finite there stays z[0].
 
     **Arguments**
 
@@ -163,8 +166,20 @@ def opening(dynamics: Dynamics, params: PyTree, *, lr: PyTree) -> Window:
     """
     zero = dynamics.init(params, lr=lr)
     one = dynamics.update(zero, lr=lr)
-    step = optax.tree.sub(one, zero)
-    before = [optax.tree.add_scale(zero, -k, step) for k in range(REACH, 0, -1)]
+
+    def earlier(k: int) -> State:
+        """k steps before the start, along the first step where that is finite."""
+
+        def back(x: Array, y: Array) -> Array:
+            if not jnp.issubdtype(x.dtype, jnp.number):
+                return x
+            moved = x - k * (y - x)
+            return jnp.where(jnp.isfinite(moved), moved, x)
+
+        moved = jax.tree.map(back, zero, one)
+        return moved._replace(rest=zero.rest)
+
+    before = [earlier(k) for k in range(REACH, 0, -1)]
     after = [one]
     for _ in range(REACH - 1):
         after.append(dynamics.update(after[-1], lr=lr))

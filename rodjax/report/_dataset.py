@@ -33,9 +33,8 @@ def dataset(
     for a flow that lacks it, and `distance` (zero for the run). `settings` become
     attributes.
 
-    **Raises** `ValueError` where `compare` does, where the trajectories have several
-    lanes, and for a metric whose name the data set needs itself; `ImportError` without
-    xarray (`pip install "rodjax[sweep]"`).
+    **Raises** `ValueError` where `compare` does and where the trajectories have several
+    lanes; `ImportError` without xarray (`pip install "rodjax[sweep]"`).
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
@@ -59,12 +58,6 @@ def dataset(
             "them, jax.tree.map(lambda x: x[0], run), or use rodjax.sweep for a grid"
         )
 
-    for name in (DISTANCE, FLOW, STEP):
-        if any(name in path.metrics for path in (run, *flows.values())):
-            raise ValueError(
-                f"metrics: {name!r} is the name of something else in a data set: "
-                "record it under another"
-            )
     comparisons = {name: compare(run, flow) for name, flow in flows.items()}
     metrics: list[Mapping[str, Any]] = [
         run.metrics | {DISTANCE: np.zeros(run.steps.shape)}

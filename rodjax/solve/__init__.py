@@ -14,7 +14,13 @@ from rodjax.solve._compare import (
     separation,
 )
 from rodjax.solve._course import Course, Method, begun, descent, solution, solving
-from rodjax.solve._integrate import descend, everything, integrate, saved_moments
+from rodjax.solve._integrate import (
+    LIMIT,
+    descend,
+    everything,
+    integrate,
+    saved_moments,
+)
 from rodjax.solve._labels import (
     FLOW,
     RUN,
@@ -43,6 +49,7 @@ from rodjax.solve._trajectory import (
 __all__ = [
     "COMPARED",
     "FLOW",
+    "LIMIT",
     "LOSSES",
     "RUN",
     "STEP",

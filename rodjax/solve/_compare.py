@@ -208,7 +208,7 @@ COMPARED: Mapping[str, str] = MappingProxyType(
     {
         "distance": "distance of the centre from the run's midpoint",
         "evaluations": "evaluations of the update map",
-        "diverged_at": "first step that was not finite",
+        "diverged_at": "step by which it had diverged",
     }
     | {name: found.long_name for name, found in SUMMARIES.items()}
 )

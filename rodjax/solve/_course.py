@@ -12,7 +12,15 @@ from jaxtyping import Array, PyTree
 
 from rodjax.flows import Flow, stack
 from rodjax.linalg import length
-from rodjax.optimizer import REACH, Dynamics, Window, alternating, midpoint, slide
+from rodjax.optimizer import (
+    REACH,
+    Dynamics,
+    Loss,
+    Window,
+    alternating,
+    midpoint,
+    slide,
+)
 from rodjax.solve._trajectory import Reached, Snapshot
 
 # Of a controller that adapts: solver steps to an optimizer step at most.
@@ -29,14 +37,15 @@ class Course(NamedTuple):
 
     - `look(state) -> Snapshot`.
     - `advance(state) -> (state, lost_at, calls)`: the state at the next moment, the
-      last finite one if it is lost; the step at which it was, NaN if it was not; and
-      the update-map evaluations spent.
-    - `lr`: what metrics are to be told.
+      last finite one if it is lost; the step at which it was, infinite if it was not;
+      and the update-map evaluations spent.
+    - `loss(params)`, `lr`: what divergence is judged by, and metrics are to be told.
     - `reports`: name -> long name of what a snapshot's report holds.
     """
 
     look: Callable[[Any], Snapshot]
     advance: Callable[[Any], tuple[Any, Array, Array]]
+    loss: Loss
     lr: PyTree
     reports: Mapping[str, str] = MappingProxyType({})
 
@@ -91,7 +100,7 @@ def descent(dynamics: Dynamics, lr: PyTree, every: int) -> Course:
 
     def look(window: Window) -> Snapshot:
         return Snapshot(
-            step=window.step,
+            step=jnp.astype(window.step, float),
             centre=midpoint(window),
             ends=stack(window.at(0).params, window.at(1).params),
             amplitude=length(alternating(window).params),
@@ -104,20 +113,21 @@ def descent(dynamics: Dynamics, lr: PyTree, every: int) -> Course:
             new = slide(dynamics, window, lr=lr)
             calls += jnp.astype(ok, calls.dtype)
             # Only the newest state can be the first that is not finite.
-            ok &= _finite(new.at(REACH))
+            ok &= _finite(new.at(REACH).params)
             return optax.tree.where(ok, new, window), ok, calls
 
-        before = (window, _finite(window.states), jnp.zeros_like(window.step))
+        # Other leaves may be infinite in good health, as of a line search at first.
+        before = (window, _finite(window.states.params), jnp.zeros(()))
         window, ok, calls = jax.lax.fori_loop(0, every, one, before)
-        return window, jnp.where(ok, jnp.nan, window.step + REACH + 1), calls
+        return window, jnp.where(ok, jnp.inf, window.step + REACH + 1.0), calls
 
-    return Course(look, advance, lr)
+    return Course(look, advance, dynamics.loss, lr)
 
 
 def begun(flow: Flow, start: PyTree | Window, lr: PyTree, key: Array) -> Reached:
     """A flow at its start."""
-    time = start.step if isinstance(start, Window) else jnp.asarray(0.0)
-    return Reached(time, flow.init(start, lr=lr, key=key))
+    time = start.step if isinstance(start, Window) else 0.0
+    return Reached(jnp.asarray(time, float), flow.init(start, lr=lr, key=key))
 
 
 def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
@@ -141,16 +151,30 @@ def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
 
     def advance(at: Reached) -> tuple[Reached, Array, Array]:
         t, y = at
+        # As a list, and in one dtype: diffrax promotes several to one for good, and
+        # stumbles over an empty tuple. No narrower than single precision, which adds
+        # up what half a one would lose.
+        leaves, structure = jax.tree.flatten(y)
+        wide = jnp.result_type(jnp.float32, *leaves)
+        narrow = [x.dtype for x in leaves]
+
+        def back(leaves: list[Array]) -> PyTree:
+            return structure.unflatten(map(jnp.astype, leaves, narrow))
+
+        def field(s: Array, leaves: list[Array], lr: PyTree) -> list[Array]:
+            slope = flow.vector_field(t + s, back(leaves), lr)
+            return [jnp.astype(x, wide) for x in jax.tree.leaves(slope)]
+
         # Time in the state's own dtype, which the solver would promote otherwise.
-        span = jnp.asarray(every, jnp.result_type(*jax.tree.leaves(y)))
+        span = jnp.asarray(every, wide)
         local = jnp.zeros_like(span)
         solved = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda s, y, lr: flow.vector_field(t + s, y, lr)),
+            diffrax.ODETerm(field),
             method.solver,
             t0=local,
             t1=span,
             dt0=jnp.full_like(span, 1.0 / method.substeps),
-            y0=y,
+            y0=[jnp.astype(x, wide) for x in leaves],
             args=lr,
             saveat=diffrax.SaveAt(t1=True),
             stepsize_controller=method.stepsize_controller,
@@ -159,14 +183,15 @@ def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
             max_steps=most,
             throw=False,
         )
-        end, new = jax.tree.map(lambda x: x[-1], (solved.ts, solved.ys))
+        end, ends = jax.tree.map(lambda x: x[-1], (solved.ts, solved.ys))
+        new = back(ends)
         ok = (solved.result == diffrax.RESULTS.successful) & ~unbounded(new)
         calls = solved.stats["num_steps"] * per_step + per_solve
         calls = jnp.astype(calls * flow.evaluations, t.dtype)
         stopped = jnp.ceil(t + jnp.astype(end, t.dtype))
-        return Reached(t + every, new), jnp.where(ok, jnp.nan, stopped), calls
+        return Reached(t + every, new), jnp.where(ok, jnp.inf, stopped), calls
 
-    return Course(look, advance, lr, flow.reports)
+    return Course(look, advance, flow.dynamics.loss, lr, flow.reports)
 
 
 def _finite(tree: PyTree) -> Array:

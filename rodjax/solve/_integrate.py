@@ -15,6 +15,10 @@ from rodjax.solve._metrics import losses
 from rodjax.solve._record import record
 from rodjax.solve._trajectory import Metric, Progress, Reached, Trajectory
 
+# How many times its start's norm and loss a trajectory may come to before it counts as
+# diverged.
+LIMIT = 1e3
+
 
 def everything(params: PyTree) -> PyTree:
     """All of the parameters: what a trajectory keeps of them by default."""
@@ -31,6 +35,7 @@ def descend(
     metrics: Sequence[Metric] = (),
     keep: Callable[[PyTree], PyTree] = everything,
     progress: Progress | None = None,
+    limit: float = LIMIT,
 ) -> Trajectory:
     """Run the optimizer itself, by `lax.scan` over its update map.
 
@@ -47,6 +52,9 @@ def descend(
       values are to be averaged or compared); `lambda p: None` keeps nothing.
     - `progress`: called on the host with the step and the loss, at most a hundred
       times, the last moment among them.
+    - `limit`: it has diverged at the first saved moment at which both the norm of the
+      parameters and the size of the loss are more than `limit` times what they were at
+      its start, or at the first step that is not finite; infinite for the latter alone.
 
     **Returns** a `Trajectory` over the second-order midpoints at `steps / every + 1`
     moments; the iterates are its `ends`. It is differentiable in `lr` and `start`,
@@ -74,7 +82,9 @@ def descend(
     window = start if isinstance(start, Window) else warm_up(dynamics, start, lr=lr)
     lr = dynamics.cast(window.at(0).params, lr=lr)
     every_metric = (losses(dynamics.loss), *metrics)
-    return _descend(dynamics, window, lr, every_metric, keep, progress, moments, every)
+    return _descend(
+        dynamics, window, lr, every_metric, keep, progress, moments, every, limit
+    )
 
 
 @compiled
@@ -87,9 +97,10 @@ def _descend(
     progress: Progress | None,
     moments: int,
     every: int,
+    limit: float,
 ) -> Trajectory:
     course = descent(dynamics, lr, every)
-    return record(course, window, metrics, keep, progress, moments, every)
+    return record(course, window, metrics, keep, progress, moments, every, limit)
 
 
 def integrate(
@@ -107,6 +118,7 @@ def integrate(
     keep: Callable[[PyTree], PyTree] = everything,
     key: Array | None = None,
     progress: Progress | None = None,
+    limit: float = LIMIT,
 ) -> Trajectory:
     """Solve a flow with diffrax, saving at whole optimizer steps.
 
@@ -120,7 +132,7 @@ def integrate(
     - `start`: parameters, for a flow from scratch: the optimizer's state is then a new
       one, its schedules at their beginning. Or a `Window` of a run to go on from, or
       the `final` of this flow's own trajectory.
-    - `steps`, `every`, `metrics`, `keep`, `progress`: as for `descend`.
+    - `steps`, `every`, `metrics`, `keep`, `progress`, `limit`: as for `descend`.
     - `lr`: the learning rate if the flow's dynamics take one.
     - `solver`: any diffrax solver of ODEs, explicit or implicit; Heun by default.
     - `substeps`: solver steps to an optimizer step; 4 is safe with Heun.
@@ -173,7 +185,7 @@ def integrate(
     every_metric = (losses(flow.dynamics.loss), *metrics)
     try:
         return _integrate(
-            flow, start, lr, every_metric, keep, progress, moments, every, method
+            flow, start, lr, every_metric, keep, progress, moments, every, method, limit
         )
     except TypeError as error:
         if "forward-mode" not in str(error):
@@ -199,9 +211,10 @@ def _integrate(
     moments: int,
     every: int,
     method: Method,
+    limit: float,
 ) -> Trajectory:
     course = solution(flow, lr, every, method)
-    return record(course, start, metrics, keep, progress, moments, every)
+    return record(course, start, metrics, keep, progress, moments, every, limit)
 
 
 def saved_moments(steps: int, every: int) -> int:

@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from rodjax.solve._compare import COMPARED
 from rodjax.solve._course import Course
+from rodjax.solve._labels import FLOW, STEP
 from rodjax.solve._trajectory import Metric, Progress, Snapshot, Trajectory
 
 # Calls of `progress` along a trajectory at most: each of them waits for the host.
 CALLS = 100
+# What labelled results have beside metrics.
+TAKEN = {*COMPARED, FLOW, STEP}
 
 
 class Place(NamedTuple):
@@ -21,11 +25,14 @@ class Place(NamedTuple):
 
     - `state`: of the run or flow; of one that diverged the last finite one.
     - `carries`: of the metrics.
+    - `bounds`: of the norm of the parameters and of the size of the loss; what is
+      beyond both has diverged.
     - `diverged_at`, `evaluations`: as in `Trajectory`, so far.
     """
 
     state: Any
     carries: tuple[Any, ...]
+    bounds: tuple[Array, Array]
     diverged_at: Array
     evaluations: Array
 
@@ -35,21 +42,32 @@ class Place(NamedTuple):
         Inner iterations stop at NaN, whereas the last finite state of a lane may need
         many, for which all lanes of a vmap would wait.
         """
-        alive = jnp.isnan(self.diverged_at)
-        return jax.tree.map(lambda x: jnp.where(alive, x, jnp.nan), self.state)
+        return _hidden(self.state, self.alive())
+
+    def alive(self) -> Array:
+        """Whether it has not diverged."""
+        return ~jnp.isfinite(self.diverged_at)
 
 
 def begin(
     course: Course,
     state: Any,
     metrics: Sequence[Metric],
-    diverged_at: Array | float = jnp.nan,
+    limit: float,
+    origin: PyTree = None,
+    diverged_at: Array | float = jnp.inf,
 ) -> Place:
-    """The place before anything is saved, of a lane that may be lost already."""
+    """The place before anything is saved, of a lane that may be lost already.
+
+    It has diverged once it is beyond `limit` times the norm of the parameters `origin`
+    and of the loss there; by default those at the start.
+    """
     seen = course.look(state)
     carries = tuple(m.init(seen, lr=course.lr) for m in metrics)
+    sizes = _sizes(course, seen.centre.params if origin is None else origin)
+    bounds = jax.tree.map(lambda x: limit * x, sizes)
     diverged_at = jnp.full_like(seen.step, diverged_at)
-    return Place(state, carries, diverged_at, jnp.zeros_like(seen.step))
+    return Place(state, carries, bounds, diverged_at, jnp.zeros_like(seen.step))
 
 
 def proceed(course: Course, place: Place) -> Place:
@@ -58,9 +76,9 @@ def proceed(course: Course, place: Place) -> Place:
     Once an advance fails the lane is frozen at its last finite state: it costs nothing
     to the others, and what it saves from there on is NaN.
     """
-    alive = jnp.isnan(place.diverged_at)
+    alive = place.alive()
     state, lost_at, calls = course.advance(place.shown())
-    ok = jnp.isnan(lost_at) & alive
+    ok = ~jnp.isfinite(lost_at) & alive
     return place._replace(
         state=optax.tree.where(ok, state, place.state),
         diverged_at=jnp.where(alive, lost_at, place.diverged_at),
@@ -73,15 +91,25 @@ def measure(
 ) -> tuple[Place, Snapshot, dict[str, Any]]:
     """The present moment and all that is recorded of it, NaN if the lane is lost.
 
-    **Raises** `ValueError` where two record the same name.
+    **Raises** `ValueError` where two record the same name, or one the name of what a
+    labelled result has itself.
     """
     seen = course.look(place.shown())
+    sizes = _sizes(course, seen.centre.params)
+    gone = (sizes[0] > place.bounds[0]) & (sizes[1] > place.bounds[1])
+    left_at = jnp.where(place.alive() & gone, seen.step, place.diverged_at)
+    place = place._replace(diverged_at=left_at)
     values, carries = dict(seen.report), []
     owners = dict.fromkeys(values, "the flow itself")
     for index, (metric, carry) in enumerate(zip(metrics, place.carries, strict=True)):
         named, following = metric.update(seen, carry, lr=course.lr)
         owner = f"{_name(metric)} (number {index})" if index else "every trajectory"
         for name in named:
+            if name in TAKEN or "/" in name:
+                raise ValueError(
+                    f"metrics: {name!r}, recorded by {owner}, is the name of something "
+                    "else in a labelled result, or has a slash: record it under another"
+                )
             if name in owners:
                 raise ValueError(
                     f"metrics: {name!r} is recorded by {owners[name]} and by {owner}: "
@@ -90,10 +118,11 @@ def measure(
         owners |= dict.fromkeys(named, owner)
         values |= named
         carries.append(following)
-    ok = jnp.isnan(place.diverged_at)
-    hide = lambda tree: jax.tree.map(lambda x: jnp.where(ok, x, jnp.nan), tree)
+    ok = place.alive()
+    hide = partial(_hidden, shown=ok)
     shown = seen._replace(centre=hide(seen.centre), ends=hide(seen.ends))
-    return place._replace(carries=tuple(carries)), shown, hide(values)
+    values = jax.tree.map(lambda x: jnp.where(ok, x, jnp.nan), values)
+    return place._replace(carries=tuple(carries)), shown, values
 
 
 def record(
@@ -104,6 +133,7 @@ def record(
     progress: Progress | None,
     moments: int,
     every: int,
+    limit: float,
 ) -> Trajectory:
     """Save the first moment and `moments` more, `every` steps apart."""
     stride = moments // CALLS + 1
@@ -122,7 +152,7 @@ def record(
         return place, (keep(seen.centre.params), jax.vmap(keep)(seen.ends), values)
 
     indices = jnp.arange(moments + 1)
-    end, saved = jax.lax.scan(moment, begin(course, state, metrics), indices)
+    end, saved = jax.lax.scan(moment, begin(course, state, metrics, limit), indices)
     step = course.look(state).step
     params, ends, values = saved
     named = dict(course.reports)
@@ -138,6 +168,18 @@ def record(
         diverged_at=end.diverged_at,
         long_names=tuple(named.items()),
     )
+
+
+def _hidden(tree: PyTree, shown: Array) -> PyTree:
+    """`tree` with NaN for its floats unless `shown`."""
+    floats = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    hide = lambda x: jnp.where(shown, x, jnp.nan) if floats(x) else x
+    return jax.tree.map(hide, tree)
+
+
+def _sizes(course: Course, params: PyTree) -> tuple[Array, Array]:
+    """What tells that a lane has left: how far it is out, and how high."""
+    return optax.tree.norm(params), jnp.abs(course.loss(params))
 
 
 def _name(metric: Metric) -> str:

@@ -111,9 +111,10 @@ class Trajectory(eqx.Module):
       `Window`, of a flow `Reached`. Of a lane that diverged, the last finite one.
     - `evaluations`: update-map evaluations spent, []; NaN for a solver whose stages
       cannot be counted.
-    - `diverged_at`: the first step that was not finite, NaN if every one was, [].
-      Entries from that step on are NaN, of a run also the three before it, whose window
-      reaches that far.
+    - `diverged_at`: the saved moment by which it had left for good (see `limit` of
+      `descend`) or the first step that was not finite; infinite if it did not, [].
+      Entries from there on are NaN, of a run that was not finite also the three before
+      it, whose window reaches that far.
     - `long_names`: pairs of a metric's name and what a data set says of it; static.
 
     A run in two halves is the run in one:

@@ -11,10 +11,7 @@ from jaxtyping import Array, Int, PyTree
 from rodjax.flows import Flow
 from rodjax.optimizer import Dynamics, opening
 from rodjax.solve import (
-    COMPARED,
-    FLOW,
     RUN,
-    STEP,
     Course,
     Method,
     Metric,
@@ -44,6 +41,7 @@ class Spec(NamedTuple):
     - `draw(key) -> params`: initial parameters of a lane, if they differ.
     - `warmup`: optimizer steps before the first moment; `every`: between moments.
     - `keep(params)`: what to keep of the parameters at every saved moment.
+    - `limit`: of divergence, counted from the initial parameters; see `descend`.
     """
 
     dynamics: Dynamics
@@ -54,6 +52,7 @@ class Spec(NamedTuple):
     metrics: tuple[Metric, ...]
     keep: Callable[[PyTree], PyTree]
     method: Method
+    limit: float
 
 
 class Rows(NamedTuple):
@@ -90,7 +89,14 @@ def set_out(spec: Spec, params: PyTree, point: Point) -> Places:
     # No flow can start from a run that is lost already.
     states = {name: begun(flow, window, lr, key) for name, flow in spec.flows}
     return {
-        name: begin(course, states.get(name, window), recorded(spec), lost_at)
+        name: begin(
+            course,
+            states.get(name, window),
+            recorded(spec),
+            spec.limit,
+            params,
+            lost_at,
+        )
         for name, course in _courses(spec, lr).items()
     }
 
@@ -161,7 +167,7 @@ def recorded(spec: Spec) -> tuple[Metric, ...]:
 
 def _check(values: dict[str, Any], point: Point) -> None:
     """Raise `ValueError` for what the labelled result has no place for."""
-    taken = {*COMPARED, *point, FLOW, STEP, KEPT}
+    taken = {*point, KEPT}
     for name, value in values.items():
         if name in taken:
             raise ValueError(

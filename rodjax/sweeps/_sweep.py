@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 
 from rodjax.flows import Flow
 from rodjax.optimizer import Dynamics
-from rodjax.solve import RUN, Metric, saved_moments, solving
+from rodjax.solve import LIMIT, RUN, Metric, saved_moments, solving
 from rodjax.sweeps import _table as table
 from rodjax.sweeps._blocks import Blocks, Status
 from rodjax.sweeps._grid import SEED, Axes, Grid, make_grid
@@ -32,10 +32,11 @@ LATE = ("lane_chunk", "time_chunk", "program", "data")
 
 def sweep(
     dynamics: Dynamics,
-    params: PyTree | Callable[[Array], PyTree],
+    params: PyTree,
     steps: int,
     *,
     grid: Axes,
+    draw: Callable[[Array], PyTree] | None = None,
     flows: Mapping[str, Flow] | None = None,
     warmup: int = 0,
     every: int = 1,
@@ -50,6 +51,7 @@ def sweep(
     out: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: Callable[[Status], None] | None = None,
+    limit: float = LIMIT,
 ) -> "xarray.Dataset":
     """Run an optimizer and its flows on every point of a named grid.
 
@@ -63,12 +65,13 @@ def sweep(
       grid has other names than `lr` and `seed`, of a function of the dict of all names
       but `seed`, such as `lambda h: optax.sgd(h["lr"], momentum=h["momentum"])`. What
       such a function reads is data; it must not branch on it.
-    - `params`: initial parameters, or a function from a key of `jax.random` to them,
-      called with `jax.random.key(seed)` in a grid that has `seed`.
+    - `params`: initial parameters, the same of every lane; `None` if they are drawn.
     - `steps`: optimizer steps compared, a multiple of `every`.
     - `grid`: name -> numbers. Names are crossed, unless zipped along one dimension as
       `{("lr", "momentum"): ([0.1, 0.2], [0.9, 0.8])}`; a single number is the same for
       all lanes.
+    - `draw`: from a key to initial parameters: a lane's from `jax.random.key(seed)`, in
+      a grid that has `seed`.
     - `flows`: name -> flow, from `rodjax.flows`, of the same `dynamics`. Their `floor`
       may be a function of the dict of names, too.
     - `warmup`: optimizer steps before the window from which the flows start.
@@ -86,12 +89,13 @@ def sweep(
       same bits. Processes of one sweep must share it.
     - `settings`: attributes of the result, numbers or strings.
     - `progress`: called with a `rodjax.sweeps.Status` after every chunk.
+    - `limit`: of divergence, as for `descend`, relative to the initial parameters.
 
     **Returns** an `xarray.Dataset` with the dimensions `flow` ("run", the optimizer
     itself, and the flows' names), those of the grid, and `step` (optimizer steps). Its
     variables: every metric, NaN where a model lacks it or has diverged; `distance`, as
-    `compare`'s; and without `step`, `diverged_at` (the first step not finite, NaN if
-    every one was), `evaluations` (of the update map), and the entries of
+    `compare`'s; and without `step`, `diverged_at` (see `Trajectory`; NaN if it did
+    not), `evaluations` (of the update map), and the entries of
     `Comparison.summary`. Parameters kept are called `params.` and their path. With
     `out` the data set is read from the file as needed.
 
@@ -107,7 +111,7 @@ def sweep(
     >>> flows = {"modulated": rj.flows.modulated(sgd)}
     >>> grid = {"lr": [0.5, 1.0, 5.0], "seed": [0, 1]}
     >>> draw = lambda key: jax.random.normal(key, (2,))
-    >>> data = rj.sweep(sgd, draw, 800, grid=grid, flows=flows, every=100)
+    >>> data = rj.sweep(sgd, None, 800, draw=draw, grid=grid, flows=flows, every=100)
     >>> dict(data.distance.sizes)
     {'flow': 2, 'lr': 3, 'seed': 2, 'step': 9}
     >>> data.diverged_at.sel(flow="run").notnull().any("seed").values.tolist()
@@ -116,11 +120,16 @@ def sweep(
     ```
     """
     points, flows = make_grid(grid), dict(flows or {})
-    _check(dynamics, params, points, flows, warmup, lane_chunk, dict(settings or {}))
+    _check(dynamics, draw, points, flows, warmup, lane_chunk, dict(settings or {}))
     moments = saved_moments(steps, every)
     length = _length(moments, every, time_chunk)
     method = solving(solver, substeps, stepsize_controller)
-    draw, params = (params, ()) if callable(params) else (None, params)
+    if (params is None) == (draw is None):
+        raise ValueError(
+            "params, the same of every lane, or draw, a function from a key to them: "
+            "give one of the two (and params=None with draw)"
+        )
+    params = () if params is None else params
     spec = Spec(
         dynamics,
         draw,
@@ -130,6 +139,7 @@ def sweep(
         tuple(metrics),
         keep,
         method,
+        limit,
     )
     point = jax.tree.map(lambda x: x[0], points.points(0, 1))
     described = {
@@ -137,6 +147,7 @@ def sweep(
         "warmup": warmup,
         "every": every,
         "substeps": substeps,
+        "limit": limit,
         "solver": type(method.solver).__name__,
     }
     chosen = tuple(jax.devices() if devices is None else devices)
@@ -194,7 +205,7 @@ def sweep(
 
 def _check(
     dynamics: Dynamics,
-    params: Any,
+    draw: Callable[[Array], PyTree] | None,
     grid: Grid,
     flows: Mapping[str, Flow],
     warmup: int,
@@ -211,10 +222,10 @@ def _check(
                 f"settings: {name} must be a number or a string, as attributes of "
                 f"netCDF are, not {value!r}"
             )
-    if SEED in grid.values and not callable(params):
+    if SEED in grid.values and draw is None:
         raise ValueError(
-            "grid has a seed, which draws initial parameters: give params as a "
-            "function of a key, such as lambda key: jax.random.normal(key, (3,))"
+            "grid has a seed, which draws initial parameters: give draw, a function of "
+            "a key, such as lambda key: jax.random.normal(key, (3,)), and params=None"
         )
     for name, flow in flows.items():
         if name == RUN:

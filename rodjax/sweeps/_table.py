@@ -59,7 +59,9 @@ def block(
             found[name] = ((FLOW, LANE), reduced)
     for name in ("evaluations", "diverged_at"):
         last = getattr(chunks[-1], name)
-        found[name] = ((FLOW, LANE), np.stack([last[model] for model in models]))
+        values = np.stack([last[model] for model in models])
+        # Missing where it never diverged.
+        found[name] = ((FLOW, LANE), np.where(np.isinf(values), np.nan, values))
     for path, _ in jax.tree_util.tree_leaves_with_path(kept[RUN]):
         leaf = jax.tree_util.keystr(path, simple=True, separator=".")
         name = f"{KEPT}.{leaf}" if leaf else KEPT

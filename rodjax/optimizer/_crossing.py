@@ -1,0 +1,117 @@
+"""At which curvature, and at which angle, a linear map leaves the unit circle."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Angles at which a map of more than three slots is looked at, and halvings between two.
+ANGLES, HALVINGS = 128, 40
+# Where no oscillation can be told from none: cosines of an angle that are too near 1.
+NEAR = 1e-6
+
+
+def crossing(
+    free: Float[Array, "n n"], response: Float[Array, " n"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    r"""The least curvature at which `free + l * response e_0^T` has |z| = 1, and arg z.
+
+    $\det(zI - A_0 - l\, b e_0^T) = P(z) - l\, Q(z)$ with
+    $Q = e_0^T \mathrm{adj}(zI - A_0)\, b$, so an eigenvalue $e^{i\omega}$ asks for
+    $l = P/Q$ there, which must be real and positive: at $\omega = \pi$ it always is
+    real; elsewhere $\mathrm{Im}(P \bar Q) = \sin\omega \sum_m s_m U_{m-1}(\cos\omega)$
+    must vanish, $U$ being Chebyshev's polynomials of the second kind. Infinite, with
+    the angle $\pi$, where no curvature does it. In the language of filters this is the
+    least gain at a phase crossing (Lee, Lee, arXiv 2608.18415).
+    """
+    p, q = _polynomials(free, response)
+    # By itself, for the other angles have no derivative there.
+    signs = (-1.0) ** jnp.arange(len(p), dtype=free.dtype)
+    gains = _positive(jnp.dot(signs, p), jnp.dot(signs[:-1], q))[None]
+    angles = jnp.full((1,), jnp.pi, free.dtype)
+    if len(q) > 1:
+        cosines = _angles(_sines(p, q))
+        inside = jnp.abs(cosines) < 1 - NEAR
+        c = jnp.where(inside, cosines, 0)
+        others = jax.vmap(partial(_gain, p, q))(c)
+        gains = jnp.concatenate([gains, jnp.where(inside, others, jnp.inf)])
+        angles = jnp.concatenate([angles, jnp.arccos(c)])
+    first = jnp.argmin(gains)
+    return gains[first], angles[first]
+
+
+def _polynomials(free: Array, response: Array) -> tuple[Array, Array]:
+    """Coefficients of P, [n + 1], and of Q, [n], from the constant on (Faddeev)."""
+    n = len(response)
+    eye = jnp.eye(n, dtype=free.dtype)
+    p, q, adjugate = [jnp.ones((), free.dtype)], [], eye
+    for k in range(1, n + 1):
+        q.append(adjugate[0] @ response)
+        image = free @ adjugate
+        p.append(-jnp.trace(image) / k)
+        adjugate = image + p[-1] * eye
+    return jnp.stack(p[::-1]), jnp.stack(q[::-1])
+
+
+def _sines(p: Array, q: Array) -> list[Array]:
+    """s_m of Im(P conj(Q)) = sum_m s_m sin(m w), for m = 1, ..., n."""
+    n = len(q)
+    terms = [(j - k, p[j] * q[k]) for j in range(n + 1) for k in range(n) if j != k]
+    none = jnp.zeros((), p.dtype)
+    total = lambda m: sum((x for d, x in terms if d == m), none)
+    return [total(m) - total(-m) for m in range(1, n + 1)]
+
+
+def _angles(s: list[Array]) -> Array:
+    """Cosines where sum_m s_m U_{m-1}(c) vanishes; 1, no angle, for what is none."""
+    safe = lambda x: jnp.where(x == 0, 1, x)
+    if len(s) == 2:
+        return jnp.where(s[1] == 0, 1, -0.5 * s[0] / safe(s[1]))[None]
+    if len(s) == 3:
+        # s_1 - s_3 + 2 s_2 c + 4 s_3 c^2, by the root that does not cancel.
+        a, b, c = 4 * s[2], s[1], s[0] - s[2]
+        square = b * b - a * c
+        root = jnp.sqrt(jnp.where(square > 0, square, 0))
+        big = -(b + jnp.where(b >= 0, root, -root))
+        found = jnp.stack([big / safe(a), c / safe(big)])
+        valid = jnp.stack([a != 0, big != 0]) & (square >= 0)
+        return jnp.where(valid, found, 1)
+
+    def value(w):
+        sines = jnp.sin(jnp.arange(1, len(s) + 1) * w) / jnp.sin(w)
+        return jnp.dot(jnp.stack(s), sines.astype(s[0].dtype))
+
+    grid = jnp.linspace(0, jnp.pi, ANGLES + 1, dtype=s[0].dtype)
+    # At the ends themselves nothing tells an angle from none.
+    grid = grid.at[0].add(1e-3).at[-1].add(-1e-3)
+    low, high = grid[:-1], grid[1:]
+    at = jax.vmap(value)
+    sign = at(low)
+    changes = sign * at(high) < 0
+
+    def halve(_, ends):
+        low, high = ends
+        middle = 0.5 * (low + high)
+        left = at(middle) * sign < 0
+        return jnp.where(left, low, middle), jnp.where(left, middle, high)
+
+    low, high = jax.lax.fori_loop(0, HALVINGS, halve, (low, high))
+    return jnp.where(changes, jnp.cos(0.5 * (low + high)), 1)
+
+
+def _gain(p: Array, q: Array, cosine: Array) -> Array:
+    """Re(P conj(Q)) / |Q|^2 at this angle; infinite unless it is positive."""
+    waves = [jnp.ones_like(cosine), cosine]
+    while len(waves) < len(p):
+        waves.append(2 * cosine * waves[-1] - waves[-2])
+    pair = lambda a, b: sum(
+        (x * y * waves[abs(j - k)] for j, x in enumerate(a) for k, y in enumerate(b)),
+        jnp.zeros_like(cosine),
+    )
+    return _positive(pair(p, q), pair(q, q))
+
+
+def _positive(above: Array, below: Array) -> Array:
+    gain = above / jnp.where(below == 0, 1, below)
+    return jnp.where((below != 0) & (gain > 0), gain, jnp.inf)

@@ -1,0 +1,164 @@
+"""The update map of an optimizer on a quadratic, coordinate by coordinate."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import keystr, tree_leaves_with_path
+from jaxtyping import Array, PyTree
+
+from rodjax.optimizer._dynamics import Dynamics, State
+
+# A gradient whose square single precision still tells from nothing.
+NEAR_REST = 1e-18
+
+
+class LinearMap(NamedTuple):
+    """The update map on a quadratic, linearized at rest with a frozen slow state.
+
+    Per coordinate, for each leaf [...] of the parameters, with n the number of slots
+    that a coordinate of it has in the phase (itself, its momentum, ...):
+
+    - `free`: [..., n, n], the map without curvature.
+    - `response`: [..., n], how the slots answer to a unit gradient.
+
+    With curvature l the map is `free + l * response e_0^T`: affine in l, and so is
+    every determinant of it.
+    """
+
+    free: PyTree
+    response: PyTree
+
+    def at(self, curvature: PyTree) -> PyTree:
+        """The map [..., n, n] at these curvatures, one for each coordinate."""
+        return jax.tree.map(
+            lambda free, response, c: free.at[..., 0].add(c[..., None] * response),
+            self.free,
+            self.response,
+            curvature,
+        )
+
+
+def linearize(dynamics: Dynamics, state: State, *, lr: PyTree = None) -> LinearMap:
+    """The linear map of every coordinate at `state`, for curvature along it alone.
+
+    Exact for optimizers that act on each coordinate through a preconditioner that a
+    vanishing gradient does not move. NaN where `update` has no derivative at zero
+    gradient (trust ratios, orthogonalized updates).
+
+    **Raises** `ValueError` if a first moment mirrors no parameter, as in an optimizer
+    of flattened parameters.
+    """
+    slots = _slots(state)
+    answer, _ = at_rest(dynamics, state, lr=lr)
+    outside, structure = jax.tree.flatten(state.params)
+
+    def column(i: int | None) -> list[Array]:
+        """How all slots answer to a one in the i-th of each, or in the gradient."""
+        ours = {s[i] for s in slots if i is not None and i < len(s)}
+        phase = [
+            jnp.full_like(x, float(k in ours))
+            for k, x in enumerate(jax.tree.leaves(state.phase))
+        ]
+        grad = [jnp.full_like(x, float(i is None)) for x in outside]
+        return answer(phase, grad)
+
+    columns = [column(i) for i in range(max(map(len, slots)))]
+    gather = lambda column, slot: jnp.stack([column[k] for k in slot], -1)
+    free = [
+        jnp.stack([gather(c, slot) for c in columns[: len(slot)]], -1) for slot in slots
+    ]
+    forced = column(None)
+    response = [gather(forced, slot) for slot in slots]
+    return LinearMap(structure.unflatten(free), structure.unflatten(response))
+
+
+def mixing(
+    dynamics: Dynamics, state: State, linear: LinearMap, *, lr: PyTree = None
+) -> Array:
+    """How far the map is from one of each coordinate by itself, relative to it; [].
+
+    Tried on one random direction, in which no two coordinates are alike; and how far
+    the slow parts are from staying where they are.
+    """
+    slots = _slots(state)
+    answer, kept = at_rest(dynamics, state, lr=lr)
+    draw = optax.tree.random_like
+    phase = jax.tree.leaves(draw(jax.random.key(0), state.phase))
+    grad = jax.tree.leaves(draw(jax.random.key(1), state.params))
+    seen = answer(phase, grad)
+    apart, size, moved = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
+    maps = zip(slots, *map(jax.tree.leaves, (*linear, grad)), strict=True)
+    for slot, free, response, g in maps:
+        x = jnp.stack([phase[k] for k in slot], -1)
+        told = jnp.einsum("...ij,...j->...i", free, x) + response * g[..., None]
+        found = jnp.stack([seen[k] for k in slot], -1)
+        apart = jnp.maximum(apart, jnp.max(jnp.abs(found - told), initial=0.0))
+        size = jnp.maximum(size, jnp.max(jnp.abs(found), initial=0.0))
+    for s, s0 in zip(*map(jax.tree.leaves, (kept, state.slow)), strict=True):
+        moved = jnp.maximum(moved, jnp.max(jnp.abs(s / s0 - 1), initial=0.0))
+    return jnp.maximum(apart / size, moved)
+
+
+def at_rest(dynamics: Dynamics, state: State, *, lr: PyTree):
+    """(phase, gradient) -> phase, the map at rest, by leaves; and the slow parts.
+
+    There is no momentum then, and the slow parts are such that one step without
+    gradient leaves them as they were in `state`: the optimizer moves its second moment
+    before it divides by it; frozen therefore means frozen at the value it divides by.
+    """
+    # Next to nothing, where norms have a derivative and at nothing they have none.
+    phase = (state.params, optax.tree.full_like(state.phase[1], NEAR_REST))
+    no_grad = optax.tree.full_like(state.params, NEAR_REST)
+    # A zero second moment has no derivative of its root, and its coordinate no
+    # gradient: any tiny value serves whose square, which derivatives contain, is none.
+    tiny = lambda s: max(1e-30, 10 * float(jnp.finfo(s.dtype).tiny) ** 0.5)
+    slow = jax.tree.map(lambda s: jnp.maximum(s, tiny(s)), state.slow)
+    rest = state._replace(phase=phase, slow=slow)
+    after = dynamics.respond(rest, no_grad, lr=lr).slow
+    slow = jax.tree.map(lambda s, a: jnp.where(a > 0, s * (s / a), s), slow, after)
+    rest = rest._replace(slow=slow)
+
+    def respond(phase: PyTree, grad: PyTree) -> PyTree:
+        return dynamics.respond(rest._replace(phase=phase), grad, lr=lr).phase
+
+    def answer(d_phase: list[Array], d_grad: list[Array]) -> list[Array]:
+        tangents = (
+            jax.tree.unflatten(jax.tree.structure(phase), d_phase),
+            jax.tree.unflatten(jax.tree.structure(no_grad), d_grad),
+        )
+        _, out = jax.jvp(respond, (phase, no_grad), tangents)
+        return jax.tree.leaves(out)
+
+    return answer, dynamics.respond(rest, no_grad, lr=lr).slow
+
+
+def has_momentum(state: State) -> bool:
+    """Whether the phase holds more than the parameters themselves."""
+    return bool(jax.tree.leaves(state.phase[1]))
+
+
+def _slots(state: State) -> list[list[int]]:
+    """Which leaves of the phase are of each leaf of the parameters; itself first.
+
+    A first moment is that of the parameter whose path its own ends with, the longest
+    such path, and whose shape it has: wrappers that hold moments of a part of the
+    parameters, one for each label, are met so too.
+    """
+    params = tree_leaves_with_path(state.params)
+    slots = [[i] for i in range(len(params))]
+    for k, (path, x) in enumerate(tree_leaves_with_path(state.phase[1])):
+        homes = [
+            (len(own), i)
+            for i, (own, w) in enumerate(params)
+            if path[len(path) - len(own) :] == own and w.shape == x.shape
+        ]
+        if not homes:
+            raise ValueError(
+                f"the optimizer's state{keystr(path)}, of shape {x.shape}, is a first "
+                "moment that mirrors no parameter, so that no coordinate has a "
+                "threshold of its own"
+            )
+        slots[max(homes)[1]].append(len(params) + k)
+    return slots
