@@ -236,9 +236,8 @@ def test_no_lane_waits_for_one_that_is_lost():
         return {}, carry
 
     lost = rj.Metric(lambda snapshot, *, lr: (), update)
-    data = rj.sweep(
-        sgd, jnp.ones(2), 1100, grid={"lr": [0.5, 3.0]}, metrics=[lost], every=550
-    )
+    settings = {"metrics": [lost], "every": 550, "limit": np.inf}
+    data = rj.sweep(sgd, jnp.ones(2), 1100, grid={"lr": [0.5, 3.0]}, **settings)
     jax.effects_barrier()
     assert data.diverged_at.sel(flow="run", lr=3.0) > 550
     # Halvings from 2^550 / 8, at the midpoint, to 1e30, and none once the lane is lost.

@@ -13,6 +13,7 @@ from rodjax.optimizer._dynamics import (
     dynamics,
     merge,
     split_like,
+    widest,
 )
 from rodjax.optimizer._linear import LinearMap, has_momentum, linearize
 from rodjax.optimizer._same import Same, compiled, fingerprint
@@ -69,4 +70,5 @@ __all__ = [
     "threshold",
     "unit_preconditioner",
     "warm_up",
+    "widest",
 ]

@@ -258,6 +258,13 @@ def _float_dtype(params: PyTree) -> jnp.dtype:
     return jnp.result_type(*(jnp.asarray(leaf).dtype for _, leaf in leaves))
 
 
+def widest(tree: PyTree) -> jnp.dtype:
+    """The widest of its dtypes of floats, single precision at least, to count in."""
+    dtypes = [x.dtype for x in jax.tree.leaves(tree)]
+    floats = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+    return max([jnp.dtype(jnp.float32), *floats], key=lambda d: jnp.finfo(d).bits)
+
+
 def _check_scalar_loss(loss: Loss, params: PyTree) -> None:
     out = jax.eval_shape(loss, params)
     if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
@@ -268,8 +275,8 @@ def _check_scalar_loss(loss: Loss, params: PyTree) -> None:
 
 
 def in_floats(state: State) -> State:
-    """Counters and flags as floats, of single precision at least to count in."""
-    dtype = jnp.promote_types(_float_dtype(state.params), jnp.float32)
+    """Counters and flags as floats."""
+    dtype = widest(state.params)
     discrete = lambda x: jnp.isdtype(x.dtype, ("bool", "integral"))
     return jax.tree.map(lambda x: jnp.astype(x, dtype) if discrete(x) else x, state)
 

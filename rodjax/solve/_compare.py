@@ -55,7 +55,8 @@ class Comparison(NamedTuple):
             for name, found in SUMMARIES.items()
         } | {
             "update_evaluations": float(self.evaluations),
-            "diverged_at": float(self.diverged_at),
+            # As in a data set, where it is missing if there is none.
+            "diverged_at": _of_finite(np.min, self.diverged_at),
         }
 
     def __str__(self) -> str:

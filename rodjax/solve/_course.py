@@ -20,6 +20,7 @@ from rodjax.optimizer import (
     alternating,
     midpoint,
     slide,
+    widest,
 )
 from rodjax.solve._trajectory import Reached, Snapshot
 
@@ -155,7 +156,7 @@ def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
         # stumbles over an empty tuple. No narrower than single precision, which adds
         # up what half a one would lose.
         leaves, structure = jax.tree.flatten(y)
-        wide = jnp.result_type(jnp.float32, *leaves)
+        wide = widest(leaves)
         narrow = [x.dtype for x in leaves]
 
         def back(leaves: list[Array]) -> PyTree:
