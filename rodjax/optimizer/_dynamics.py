@@ -10,7 +10,14 @@ import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Float, PyTree
 
-from rodjax.optimizer._split import PARTS, Kind, OptimizerFactory, Split, split_of
+from rodjax.optimizer._split import (
+    PARTS,
+    Kind,
+    OptimizerFactory,
+    Split,
+    split_of,
+    update_with,
+)
 
 Loss = Callable[[Any], Float[Array, ""]]
 
@@ -209,10 +216,7 @@ def dynamics(
 
     def step(state: State, value: Array, grad: PyTree, lr: PyTree):
         params, old = merge(_as_optax(state, split_of(factory, state.params, lr, kind)))
-        optimizer = optax.with_extra_args_support(factory(lr))
-        updates, new = optimizer.update(
-            grad, old, params, value=value, grad=grad, value_fn=loss
-        )
+        updates, new = update_with(factory(lr), grad, old, params, value, loss)
         like = lambda x, y: x if x.dtype == y.dtype else jnp.astype(x, y.dtype)
         return updates, jax.tree.map(like, new, merge(state)[1])
 
@@ -277,7 +281,9 @@ def _check_scalar_loss(loss: Loss, params: PyTree) -> None:
 def in_floats(state: State) -> State:
     """Counters and flags as floats."""
     dtype = widest(state.params)
-    discrete = lambda x: jnp.isdtype(x.dtype, ("bool", "integral"))
+    # Not by `isdtype`, which knows no random keys.
+    kinds = jnp.integer, jnp.bool
+    discrete = lambda x: any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
     return jax.tree.map(lambda x: jnp.astype(x, dtype) if discrete(x) else x, state)
 
 

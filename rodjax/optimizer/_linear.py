@@ -98,7 +98,10 @@ def mixing(
         size = jnp.maximum(size, jnp.max(jnp.abs(found), initial=0.0))
     for s, s0 in zip(*map(jax.tree.leaves, (kept, state.slow)), strict=True):
         moved = jnp.maximum(moved, jnp.max(jnp.abs(s / s0 - 1), initial=0.0))
-    return jnp.maximum(apart / size, moved)
+    # Less what the narrowest dtype cannot tell.
+    floats = [x.dtype for x in jax.tree.leaves((state.phase, state.slow))]
+    blur = max(float(jnp.finfo(dtype).eps) for dtype in floats)
+    return jnp.maximum(apart / size, moved) - blur
 
 
 def at_rest(dynamics: Dynamics, state: State, *, lr: PyTree):

@@ -1,6 +1,7 @@
 """How an optimizer's state divides into parts, found by trying the optimizer out."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,6 +43,23 @@ class Split(NamedTuple):
     dtypes: tuple[Any, ...]
     refusal: str | None
     opaque: str | None
+
+
+def update_with(
+    optimizer: optax.GradientTransformation,
+    grad: PyTree,
+    state: PyTree,
+    params: PyTree,
+    value: Any,
+    value_fn: Callable[[PyTree], Any],
+) -> tuple[PyTree, PyTree]:
+    """`optimizer.update`, given what it takes of Optax's extra arguments."""
+    extra = {"value": value, "grad": grad, "value_fn": value_fn}
+    taken = inspect.signature(optimizer.update).parameters.values()
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken):
+        names = {p.name for p in taken}
+        extra = {name: x for name, x in extra.items() if name in names}
+    return optimizer.update(grad, state, params, **extra)
 
 
 def split_of(
@@ -99,17 +117,18 @@ class _Trial:
     """A few steps of an optimizer from rest, with made-up gradients."""
 
     def __init__(self, optimizer: optax.GradientTransformation, params: PyTree):
-        self.optimizer = optax.with_extra_args_support(optimizer)
+        self.optimizer = optimizer
         self.params = params
         self.compiled_step = jax.jit(self.step)
         self.period: int | None = None
+        self.turns = False
         self.start = jax.tree.map(jnp.asarray, (params, self.optimizer.init(params)))
 
     def step(self, whole: PyTree, grad: PyTree, value: float = 1.0) -> PyTree:
         params, state = whole
         value_fn = lambda w: value + optax.tree.vdot(grad, w)
-        updates, new = self.optimizer.update(
-            grad, state, params, value=value_fn(params), grad=grad, value_fn=value_fn
+        updates, new = update_with(
+            self.optimizer, grad, state, params, value_fn(params), value_fn
         )
         like = lambda x, y: jnp.astype(x, y.dtype)
         return optax.apply_updates(params, updates), jax.tree.map(like, new, state)
@@ -123,6 +142,8 @@ class _Trial:
         """Why a gradient alone does not tell what the next step is, if so."""
         if self.period:
             return f"moves some parameters only every {self.period} steps"
+        if self.turns:
+            return "takes different steps in turn"
         (grad,) = self.gradients(0, 1)
         # So small that a cap on a step from the loss does not hide it.
         one, other = (_numbers(self.step(self.start, grad, v)) for v in (1e-3, 2e-3))
@@ -163,6 +184,10 @@ class _Trial:
                 start, jax.tree.leaves(self.start), columns, strict=True
             )
         ]
+        leaves = jax.tree.leaves(self.start)
+        for leaf, (part, _), (plus, *_) in zip(leaves, kinds, columns, strict=True):
+            whole = jnp.issubdtype(leaf.dtype, jnp.integer)
+            self.turns |= part == "rest" and whole and np.any(plus[-1] != plus[-2])
         pairs = zip(columns, start, strict=True)
         moves = [np.diff(c[0], axis=0, prepend=z[None]) for c, z in pairs]
         still = [
@@ -236,20 +261,13 @@ def _fraction(
     """Why the optimizer cannot read its counters between two steps, if so."""
 
     def step(params: PyTree, lr: PyTree):
-        optimizer = optax.with_extra_args_support(factory(lr))
-        whole = (params, optimizer.init(params))
+        whole = (params, factory(lr).init(params))
         leaves, structure = jax.tree.flatten(whole)
         time = lambda x, part: jnp.astype(x, float) if part == "clock" else x
         _, state = jax.tree.unflatten(structure, map(time, leaves, parts))
         value_fn = lambda w: optax.tree.vdot(w, w)
-        return optimizer.update(
-            params,
-            state,
-            params,
-            value=value_fn(params),
-            grad=params,
-            value_fn=value_fn,
-        )
+        value = value_fn(params)
+        return update_with(factory(lr), params, state, params, value, value_fn)
 
     try:
         jax.eval_shape(step, params, lr)

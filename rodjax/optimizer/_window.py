@@ -46,11 +46,11 @@ def _combine(window: Window, weights: list[float], first: int) -> State:
     Of what is neither phase, slow nor clock, the middle state's own.
     """
     pick = slice(REACH + first, REACH + first + len(weights))
-    states = in_floats(window.states)
+    states = in_floats(window.states)._replace(rest=None)
     combined = jax.tree.map(
         lambda x: jnp.tensordot(jnp.asarray(weights, x.dtype), x[pick], 1), states
     )
-    return combined._replace(rest=window.at(0).rest)
+    return combined._replace(rest=in_floats(window.at(0)).rest)
 
 
 def midpoint(window: Window, ahead: int = 0) -> State:
