@@ -188,7 +188,7 @@ def radii(name, curvatures):
         updates, new = update(
             grad, inner, params, value=1.0, grad=grad, value_fn=lambda w: 1.0
         )
-        cast = lambda x, y: x.astype(y.dtype)
+        cast = lambda x, y: x if x.dtype == y.dtype else x.astype(y.dtype)
         new = jax.tree.map(cast, new, inner)
         return split_like((optax.apply_updates(params, updates), new), state)
 
