@@ -73,7 +73,7 @@ def edge(dynamics: Dynamics, *, floor: Floor = None) -> Flow:
         _, change = jax.jvp(
             lambda phase: dynamics.increment(y.mean._replace(phase=phase), lr=lr).phase,
             (y.mean.phase,),
-            (unit,),
+            (optax.tree.cast_like(unit, y.mean.phase),),
         )
         # The root of a second moment that is and stays zero has no derivative.
         change = jax.tree.map(lambda x: jnp.where(jnp.isnan(x), 0.0, x), change)

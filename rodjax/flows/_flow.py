@@ -195,7 +195,8 @@ def floor_size(
     """(params, lr) -> the least size of an oscillation, `floor` relative to their norm.
 
     `None` stands for the dtype's epsilon, which is what rounding gives a real run; a
-    function takes `lr`, so that a sweep may vary the floor.
+    function takes `lr`, so that a sweep may vary the floor. Parameters at zero count as
+    of norm one.
 
     **Raises** `ValueError` if `floor` is a negative number.
 
@@ -211,6 +212,8 @@ def floor_size(
 
     def least(params: PyTree, lr: PyTree) -> Array:
         norm = optax.tree.norm(params)
+        # Of no length an oscillation has no direction to grow in either.
+        norm = jnp.where(norm == 0, 1, norm)
         if floor is None:
             return float(jnp.finfo(norm.dtype).eps) * norm
         return jnp.asarray(floor(lr) if callable(floor) else floor, norm.dtype) * norm

@@ -14,7 +14,7 @@ from rodjax.curvature import hessian_eigenpairs
 from rodjax.flows._backward_error import half_step_earlier
 from rodjax.flows._flow import Flow, moving
 from rodjax.flows._logarithm import principal_coefficient
-from rodjax.flows._scope import gradient_descent_start
+from rodjax.flows._scope import check_precision, gradient_descent_start
 from rodjax.flows._tracking import turn, with_sign
 from rodjax.linalg import flatten
 from rodjax.optimizer import Dynamics, Loss, State, learning_rate
@@ -97,6 +97,7 @@ def principal(dynamics: Dynamics, *, rank: int | None = None) -> Flow:
 def _exact(dynamics: Dynamics) -> Flow:
     def init(start, *, lr, key) -> PrincipalState:
         mean = gradient_descent_start(dynamics, start, "principal", lr=lr)
+        check_precision(mean.params, "principal")
         zeros = optax.tree.zeros_like(mean.params)
         turned = jax.tree.map(jax.lax.complex, mean.params, zeros)
         _check_analytic(dynamics.loss, turned)
@@ -162,6 +163,7 @@ def _check_analytic(loss: Loss, like: PyTree) -> None:
 def _top(dynamics: Dynamics, count: int) -> Flow:
     def init(start, *, lr, key) -> TopState:
         mean = gradient_descent_start(dynamics, start, "principal", lr=lr)
+        check_precision(mean.params, "principal")
         few = min(count, optax.tree.size(mean.params))
         pairs = hessian_eigenpairs(dynamics.loss, mean.params, few)
         return TopState(mean, with_sign(flatten(pairs.vectors)))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, PyTree
 
 from rodjax.flows._flow import centre_of
@@ -32,13 +33,23 @@ def gradient_descent_start(
     state = centre_of(dynamics, start, lr=lr)
     plain = not has_momentum(state) and not jax.tree.leaves(state.slow)
     rates = _rates(dynamics, state.params, lr=lr) if plain else None
-    if rates is None or not np.allclose(rates, rates[0, 0], rtol=1e-3):
+    if rates is None or not _near(rates, rates[0, 0], state.params):
         raise ValueError(
             f"{flow} models gradient descent only (optax.sgd without momentum: the "
             "update is -lr * gradient). For this optimizer use rodjax.flows.stable, "
             "rod, modulated or edge, or central for RMSProp"
         )
     return state
+
+
+def check_precision(params: PyTree, flow: str) -> None:
+    """Raise `ValueError` for parameters in half precision, which no `eigh` takes."""
+    for path, x in tree_leaves_with_path(params):
+        if jnp.finfo(x.dtype).bits < 32:
+            raise ValueError(
+                f"{flow} decomposes matrices, which takes single precision: params"
+                f"{keystr(path)} is of dtype {x.dtype}; cast it to float32"
+            )
 
 
 def preconditioned_start(
@@ -50,6 +61,7 @@ def preconditioned_start(
     diagonal matrix that the second moments and the clock alone decide on.
     """
     state = centre_of(dynamics, start, lr=lr)
+    check_precision(state.params, flow)
     if has_momentum(state) or _rates(dynamics, state.params, lr=lr) is None:
         raise ValueError(
             f"{flow} models gradient descent and RMSProp, plain or scalar, with bias "
@@ -90,9 +102,15 @@ def _rates(dynamics: Dynamics, params: PyTree, *, lr: PyTree) -> np.ndarray | No
         else:
             law = [-_numbers(after(s).params) / (s * _numbers(grad)) for s in sizes]
             rates = np.stack(law)
-    steady = np.allclose(law[0], law[1], rtol=1e-3)
+    steady = _near(law[0], law[1], params)
     valid = np.all(np.isfinite(rates) & (rates >= 0))
     return rates if np.all(still) and steady and valid else None
+
+
+def _near(x: np.ndarray, y: np.ndarray, params: PyTree) -> bool:
+    """Equal as far as the narrowest dtype of the parameters tells."""
+    eps = max(float(jnp.finfo(p.dtype).eps) for p in jax.tree.leaves(params))
+    return np.allclose(x, y, rtol=max(1e-3, 4 * eps))
 
 
 def _numbers(tree: PyTree) -> np.ndarray:

@@ -123,13 +123,16 @@ def top_eigenpairs(
     n = start.shape[1]
     if k > n:
         raise ValueError(f"guess has k = {k} vectors of only {n} parameters")
-    accuracy = float(jnp.finfo(start.dtype).eps) ** 0.5 if tol is None else tol
+    # Nothing is decomposed in half precision.
+    narrow, start = start.dtype, start.astype(jnp.promote_types(start.dtype, "float32"))
+    accuracy = float(jnp.finfo(narrow).eps) ** 0.5 if tol is None else tol
     # What the operator closes over becomes an argument, to be differentiated in.
     operator = eqx.filter_closure_convert(
-        lambda x: ravel_pytree(matvec(unravel(x)))[0], start[0]
+        lambda x: ravel_pytree(matvec(unravel(x.astype(narrow))))[0].astype(x.dtype),
+        start[0],
     )
     found = _solve(operator, start, accuracy)
-    vectors = jax.vmap(unravel)(found.rows)
+    vectors = jax.vmap(unravel)(found.rows.astype(narrow))
     return Eigenpairs(found.values, vectors, found.residuals, found.sweeps)
 
 

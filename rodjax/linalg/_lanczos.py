@@ -65,7 +65,7 @@ def lanczos(operator: Operator, start: Float[Array, "k n"], accuracy: float) -> 
         images = apply(jax.lax.dynamic_slice_in_dim(basis, p + step * k, k))
         inside, rest = split(images, basis)
         # Where a Krylov space ends it goes on at random: noise at the rounding level.
-        size = jnp.max(jnp.linalg.norm(images, axis=1))
+        size = jnp.max(_norm(images))
         level = jnp.where(size > 0, 8 * eps * size, 1)
         rest += level * jnp.roll(noise, sweeps * steps + step + 1, axis=1)
         rest, outer = _orthonormal(rest)
@@ -82,7 +82,7 @@ def lanczos(operator: Operator, start: Float[Array, "k n"], accuracy: float) -> 
         # The part of the projected operator on and above the diagonal.
         inside = jnp.moveaxis(inside, 0, 1).reshape(m + k, -1)
         upper = jnp.zeros((m, m), dtype).at[:, p:].set(inside[:m])
-        norm = jnp.linalg.norm(upper)
+        norm = _norm(upper.reshape(-1))
         # Rows that the first sweep leaves empty are to sort below any Ritz value.
         low = jnp.where(norm > 0, -2 * norm, -1)
         upper = upper.at[jnp.arange(p), jnp.arange(p)].set(
@@ -90,13 +90,13 @@ def lanczos(operator: Operator, start: Float[Array, "k n"], accuracy: float) -> 
         )
         ritz, turn = jnp.linalg.eigh(jnp.triu(upper) + jnp.triu(upper, 1).T)
         ritz, turn = ritz[::-1][:p], turn.T[::-1][:p]
-        leak = jnp.linalg.norm(dot(turn[:k, -k:], outside[-1]), axis=1)
+        leak = _norm(dot(turn[:k, -k:], outside[-1]))
         goal = jnp.maximum(accuracy * jnp.max(jnp.abs(ritz[:k])), 8 * eps * norm)
         return _Krylov(
             dot(turn, basis[:m]), ritz, basis[m:], jnp.any(leak > goal), now.sweeps + 1
         )
 
-    length = jnp.linalg.norm(start, axis=1, keepdims=True)
+    length = _norm(start)[:, None]
     # Noise keeps an exact eigenvector from hiding those above it.
     block = start / jnp.where(length > 0, length, 1) + accuracy * noise
     last = jax.lax.while_loop(
@@ -120,9 +120,16 @@ def _measured(rows, images, sweeps) -> Pairs:
     values, turn = jnp.linalg.eigh(projected)
     values, turn = values[::-1], turn.T[::-1]
     rows, images = dot(turn, rows), dot(turn, images)
-    lengths = jnp.linalg.norm(images - values[:, None] * rows, axis=1)
+    lengths = _norm(images - values[:, None] * rows)
     scale = jnp.maximum(jnp.max(jnp.abs(values)), jnp.finfo(rows.dtype).tiny)
     return Pairs(values, rows, lengths / scale, sweeps)
+
+
+def _norm(rows):
+    """Lengths along the last axis, where squares would over- or underflow too."""
+    size = jnp.max(jnp.abs(rows), axis=-1, initial=0.0)
+    safe = jnp.where(size > 0, size, 1)
+    return size * jnp.linalg.norm(rows / safe[..., None], axis=-1)
 
 
 def _orthonormal(rows):

@@ -15,6 +15,21 @@ from rodjax.solve._metrics import losses
 from rodjax.solve._record import record
 from rodjax.solve._trajectory import Metric, Progress, Reached, Trajectory
 
+SECOND = (
+    "the loss has no second derivatives, which this flow or metric needs (products "
+    "with the Hessian, forwards over reverse): it is, or calls, a jax.custom_vjp or a "
+    "callback. Give it a jax.custom_jvp, or take a flow of first derivatives alone: "
+    "gradient, stable, rod, and modulated from parameters or without momentum"
+)
+#: What JAX says -> what is meant.
+UNDIFFERENTIABLE = {
+    "custom_vjp": SECOND,
+    "Pure callbacks do not support": SECOND,
+    "forward-mode": "integrate is differentiated in forward mode (jax.jvp, "
+    "jax.jacfwd), which the default adjoint does not serve: give "
+    "adjoint=diffrax.ForwardMode()",
+}
+
 # How many times its start's norm and loss a trajectory may come to before it counts as
 # diverged.
 LIMIT = 1e3
@@ -176,24 +191,22 @@ def integrate(
     moments = saved_moments(steps, every)
     method = solving(solver, substeps, stepsize_controller, adjoint)
     key = jax.random.key(0) if key is None else key
-    if isinstance(start, Reached):
-        lr = _check_own(flow, start, lr, key)
-    else:
-        params = start.at(0).params if isinstance(start, Window) else start
-        lr = flow.dynamics.cast(params, lr=lr)
-        start = _begun(flow, jax.tree.map(jnp.asarray, start), lr, key)
     every_metric = (losses(flow.dynamics.loss), *metrics)
     try:
+        if isinstance(start, Reached):
+            lr = _check_own(flow, start, lr, key)
+        else:
+            params = start.at(0).params if isinstance(start, Window) else start
+            lr = flow.dynamics.cast(params, lr=lr)
+            start = _begun(flow, jax.tree.map(jnp.asarray, start), lr, key)
         return _integrate(
             flow, start, lr, every_metric, keep, progress, moments, every, method, limit
         )
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise TypeError(
-            "integrate is differentiated in forward mode (jax.jvp, jax.jacfwd), which "
-            "the default adjoint does not serve: give adjoint=diffrax.ForwardMode()"
-        ) from error
+    except (TypeError, ValueError) as error:
+        for words, message in UNDIFFERENTIABLE.items():
+            if words in str(error):
+                raise TypeError(message) from error
+        raise
 
 
 # By itself, so that a flow goes the same way, to the last bit, however it was begun.

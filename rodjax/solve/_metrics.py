@@ -68,11 +68,20 @@ def losses(loss: Loss) -> Metric:
     """
 
     def update(snapshot, carry, *, lr):
-        mean = jnp.mean(jax.vmap(loss)(snapshot.ends))
+        mean = jnp.mean(_each(loss, snapshot.ends))
         values = loss(snapshot.centre.params), mean, snapshot.amplitude
         return dict(zip(LOSSES, values, strict=True)), carry
 
     return Metric(lambda snapshot, *, lr: (), update, LOSSES)
+
+
+def _each(loss: Loss, stacked: PyTree) -> Array:
+    """The loss at each of several points; one by one where it is not to be vmapped."""
+    try:
+        jax.eval_shape(jax.vmap(loss), stacked)
+    except (NotImplementedError, ValueError):
+        return jax.lax.map(loss, stacked)
+    return jax.vmap(loss)(stacked)
 
 
 def edge_of_stability(dynamics: Dynamics, *, tol: float | None = None) -> Metric:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffrax
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
@@ -129,7 +130,7 @@ def sweep(
             "params, the same of every lane, or draw, a function from a key to them: "
             "give one of the two (and params=None with draw)"
         )
-    params = () if params is None else params
+    params = () if params is None else jax.tree.map(jnp.asarray, params)
     spec = Spec(
         dynamics,
         draw,
