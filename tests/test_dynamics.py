@@ -248,7 +248,15 @@ def one_sided(updates, params):
     return jax.tree.map(lambda g: jnp.maximum(g, 0.1 * g), updates)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow)
+        if n in ("line search", "noisy sgd", "accumulated", "flag")
+        else n
+        for n in REFUSED
+    ],
+)
 def test_what_no_flow_can_carry_runs_as_optax_has_it(name):
     """The optimizer's own run is exact, integers, flags and all; flows say why not."""
     make, message = REFUSED[name]

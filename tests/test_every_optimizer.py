@@ -20,7 +20,7 @@ from every_optimizer import (
 import rodjax as rj
 
 # One of each kind; the others are slow.
-QUICK = {"adafactor", "MultiSteps", "multi_transform", "two traces", "add_noise"}
+QUICK = {"MultiSteps", "multi_transform", "two traces"}
 every = pytest.mark.parametrize(
     "name",
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in EVERY],

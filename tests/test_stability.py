@@ -123,8 +123,10 @@ PARAMS = {"w": jnp.array([[1.0, -2.0]]), "b": jnp.array(0.5)}
 def test_threshold_in_closed_form(name):
     make, truth, *edge = (EXACT | ADAPTIVE)[name]
     preconditioner = edge[0] if edge else 1.0
+    # As data, which compiles once.
+    dynamics = rj.dynamics(lambda h: make(h["lr"], h["b"]), bowl)
     for lr, b in HYPERPARAMETERS:
-        value = rj.threshold(rj.dynamics(make(lr, b), bowl), PARAMS)
+        value = rj.threshold(dynamics, PARAMS, lr={"lr": lr, "b": b})
         # Optax reads integer counts in single precision.
         rtol = 1e-7 if name == "schedule" else 1e-12
         np.testing.assert_allclose(value, truth(lr, b) * preconditioner, rtol=rtol)
@@ -162,7 +164,10 @@ def test_a_run_decays_below_the_threshold_and_alternates_above(name, lr, b):
     assert bool(jnp.all(above[-50:-1] * above[-49:] < 0))
 
 
-@pytest.mark.parametrize("optimizer", [optax.lion(0.1), optax.sign_sgd(0.1)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.sign_sgd(0.1), pytest.param(optax.lion(0.1), marks=pytest.mark.slow)],
+)
 def test_threshold_is_infinite_where_curvature_has_no_effect(optimizer):
     dynamics = rj.dynamics(optimizer, bowl)
     assert float(rj.threshold(dynamics, PARAMS)) == np.inf

@@ -8,6 +8,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import rodjax as rj
+from rodjax.optimizer import merge
 from rodjax.transforms import ScaleByDalState, dal, scale_by_dal
 from rodjax.transforms._extra import loss_of_params
 
@@ -199,8 +200,8 @@ def test_trains_where_gradient_descent_at_its_highest_rate_diverges():
     highest = rj.Metric(
         lambda seen, *, lr: jnp.zeros(()),
         lambda seen, top, *, lr: (
-            {"top": jnp.maximum(top, rate_of(seen.centre.phase[1]))},
-            jnp.maximum(top, rate_of(seen.centre.phase[1])),
+            {"top": jnp.maximum(top, rate_of(merge(seen.centre)[1]))},
+            jnp.maximum(top, rate_of(merge(seen.centre)[1])),
         ),
     )
     run = rj.descend(dynamics, problem.params, 60, metrics=[highest])

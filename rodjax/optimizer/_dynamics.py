@@ -16,8 +16,8 @@ from rodjax.optimizer._split import (
     OptimizerFactory,
     Split,
     split_of,
-    update_with,
 )
+from rodjax.optimizer._trial import update_with
 
 Loss = Callable[[Any], Float[Array, ""]]
 

@@ -1,5 +1,6 @@
 """The update map of an optimizer on a quadratic, coordinate by coordinate."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -50,19 +51,70 @@ def linearize(dynamics: Dynamics, state: State, *, lr: PyTree = None) -> LinearM
     **Raises** `ValueError` if a first moment mirrors no parameter, as in an optimizer
     of flattened parameters.
     """
-    slots = _slots(state)
-    answer, _ = at_rest(dynamics, state, lr=lr)
-    outside, structure = jax.tree.flatten(state.params)
+    return linear_of(at_rest(dynamics, state, lr=lr))
+
+
+class Rest(NamedTuple):
+    """The update map about its rest.
+
+    - `answer(phase, gradient) -> phase`: its linear part, by leaves.
+    - `slots`: of every leaf of the parameters, which leaves of the phase are of it.
+    - `state`: the state at rest, `slow` its second moments after a step.
+    """
+
+    answer: Callable[[list[Array], list[Array]], list[Array]]
+    slots: list[list[int]]
+    state: State
+    slow: PyTree
+
+
+def at_rest(dynamics: Dynamics, state: State, *, lr: PyTree) -> Rest:
+    """Without momentum, and with second moments that a step leaves as `state` has them.
+
+    The optimizer moves its second moment before it divides by it; frozen therefore
+    means frozen at the value it divides by.
+    """
+    # Next to nothing, where norms have a derivative and at nothing they have none.
+    phase = (state.params, optax.tree.full_like(state.phase[1], NEAR_REST))
+    no_grad = optax.tree.full_like(state.params, NEAR_REST)
+    # A zero second moment has no derivative of its root, and its coordinate no
+    # gradient: any tiny value serves whose square, which derivatives contain, is none.
+    tiny = lambda s: max(1e-30, 10 * float(jnp.finfo(s.dtype).tiny) ** 0.5)
+    slow = jax.tree.map(lambda s: jnp.maximum(s, tiny(s)), state.slow)
+    rest = state._replace(phase=phase, slow=slow)
+    if jax.tree.leaves(slow):
+        after = dynamics.respond(rest, no_grad, lr=lr).slow
+        slow = jax.tree.map(lambda s, a: jnp.where(a > 0, s * (s / a), s), slow, after)
+        rest = rest._replace(slow=slow)
+
+    def respond(phase: PyTree, grad: PyTree) -> tuple[PyTree, PyTree]:
+        new = dynamics.respond(rest._replace(phase=phase), grad, lr=lr)
+        return new.phase, new.slow
+
+    # Once, for all directions.
+    (_, kept), linear = jax.linearize(respond, phase, no_grad)
+
+    def answer(d_phase: list[Array], d_grad: list[Array]) -> list[Array]:
+        tangents = (
+            jax.tree.unflatten(jax.tree.structure(phase), d_phase),
+            jax.tree.unflatten(jax.tree.structure(no_grad), d_grad),
+        )
+        return jax.tree.leaves(linear(*tangents)[0])
+
+    return Rest(answer, _slots(state), rest, kept)
+
+
+def linear_of(rest: Rest) -> LinearMap:
+    """The map of every coordinate by itself."""
+    slots, phase = rest.slots, jax.tree.leaves(rest.state.phase)
+    outside, structure = jax.tree.flatten(rest.state.params)
 
     def column(i: int | None) -> list[Array]:
         """How all slots answer to a one in the i-th of each, or in the gradient."""
         ours = {s[i] for s in slots if i is not None and i < len(s)}
-        phase = [
-            jnp.full_like(x, float(k in ours))
-            for k, x in enumerate(jax.tree.leaves(state.phase))
-        ]
+        one = [jnp.full_like(x, float(k in ours)) for k, x in enumerate(phase)]
         grad = [jnp.full_like(x, float(i is None)) for x in outside]
-        return answer(phase, grad)
+        return rest.answer(one, grad)
 
     columns = [column(i) for i in range(max(map(len, slots)))]
     gather = lambda column, slot: jnp.stack([column[k] for k in slot], -1)
@@ -74,67 +126,30 @@ def linearize(dynamics: Dynamics, state: State, *, lr: PyTree = None) -> LinearM
     return LinearMap(structure.unflatten(free), structure.unflatten(response))
 
 
-def mixing(
-    dynamics: Dynamics, state: State, linear: LinearMap, *, lr: PyTree = None
-) -> Array:
+def mixing(rest: Rest, linear: LinearMap, slow: PyTree) -> Array:
     """How far the map is from one of each coordinate by itself, relative to it; [].
 
     Tried on one random direction, in which no two coordinates are alike; and how far
-    the slow parts are from staying where they are.
+    second moments are from staying at `slow`.
     """
-    slots = _slots(state)
-    answer, kept = at_rest(dynamics, state, lr=lr)
     draw = optax.tree.random_like
-    phase = jax.tree.leaves(draw(jax.random.key(0), state.phase))
-    grad = jax.tree.leaves(draw(jax.random.key(1), state.params))
-    seen = answer(phase, grad)
+    phase = jax.tree.leaves(draw(jax.random.key(0), rest.state.phase))
+    grad = jax.tree.leaves(draw(jax.random.key(1), rest.state.params))
+    seen = rest.answer(phase, grad)
     apart, size, moved = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
-    maps = zip(slots, *map(jax.tree.leaves, (*linear, grad)), strict=True)
+    maps = zip(rest.slots, *map(jax.tree.leaves, (*linear, grad)), strict=True)
     for slot, free, response, g in maps:
         x = jnp.stack([phase[k] for k in slot], -1)
         told = jnp.einsum("...ij,...j->...i", free, x) + response * g[..., None]
         found = jnp.stack([seen[k] for k in slot], -1)
         apart = jnp.maximum(apart, jnp.max(jnp.abs(found - told), initial=0.0))
         size = jnp.maximum(size, jnp.max(jnp.abs(found), initial=0.0))
-    for s, s0 in zip(*map(jax.tree.leaves, (kept, state.slow)), strict=True):
+    for s, s0 in zip(*map(jax.tree.leaves, (rest.slow, slow)), strict=True):
         moved = jnp.maximum(moved, jnp.max(jnp.abs(s / s0 - 1), initial=0.0))
     # Less what the narrowest dtype cannot tell.
-    floats = [x.dtype for x in jax.tree.leaves((state.phase, state.slow))]
+    floats = [x.dtype for x in jax.tree.leaves((rest.state.phase, slow))]
     blur = max(float(jnp.finfo(dtype).eps) for dtype in floats)
     return jnp.maximum(apart / size, moved) - blur
-
-
-def at_rest(dynamics: Dynamics, state: State, *, lr: PyTree):
-    """(phase, gradient) -> phase, the map at rest, by leaves; and the slow parts.
-
-    There is no momentum then, and the slow parts are such that one step without
-    gradient leaves them as they were in `state`: the optimizer moves its second moment
-    before it divides by it; frozen therefore means frozen at the value it divides by.
-    """
-    # Next to nothing, where norms have a derivative and at nothing they have none.
-    phase = (state.params, optax.tree.full_like(state.phase[1], NEAR_REST))
-    no_grad = optax.tree.full_like(state.params, NEAR_REST)
-    # A zero second moment has no derivative of its root, and its coordinate no
-    # gradient: any tiny value serves whose square, which derivatives contain, is none.
-    tiny = lambda s: max(1e-30, 10 * float(jnp.finfo(s.dtype).tiny) ** 0.5)
-    slow = jax.tree.map(lambda s: jnp.maximum(s, tiny(s)), state.slow)
-    rest = state._replace(phase=phase, slow=slow)
-    after = dynamics.respond(rest, no_grad, lr=lr).slow
-    slow = jax.tree.map(lambda s, a: jnp.where(a > 0, s * (s / a), s), slow, after)
-    rest = rest._replace(slow=slow)
-
-    def respond(phase: PyTree, grad: PyTree) -> PyTree:
-        return dynamics.respond(rest._replace(phase=phase), grad, lr=lr).phase
-
-    def answer(d_phase: list[Array], d_grad: list[Array]) -> list[Array]:
-        tangents = (
-            jax.tree.unflatten(jax.tree.structure(phase), d_phase),
-            jax.tree.unflatten(jax.tree.structure(no_grad), d_grad),
-        )
-        _, out = jax.jvp(respond, (phase, no_grad), tangents)
-        return jax.tree.leaves(out)
-
-    return answer, dynamics.respond(rest, no_grad, lr=lr).slow
 
 
 def has_momentum(state: State) -> bool:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PyTree
 
 from rodjax.optimizer._crossing import crossing
 from rodjax.optimizer._dynamics import Dynamics, State
-from rodjax.optimizer._linear import linearize, mixing
+from rodjax.optimizer._linear import LinearMap, at_rest, linear_of, linearize, mixing
 from rodjax.optimizer._same import compiled
 
 # A step count at which bias corrections have died out; and steps without a gradient
@@ -51,11 +51,14 @@ def coordinate_edges(dynamics: Dynamics, state: State, *, lr: PyTree = None) -> 
 
     ```
     """
-    linear = linearize(dynamics, state, lr=lr)
+    return _edges(linearize(dynamics, state, lr=lr))
+
+
+def _edges(linear: LinearMap) -> Edges:
     each = jnp.vectorize(crossing, signature="(n,n),(n)->(),()")
     found = jax.tree.map(each, linear.free, linear.response)
-    structure = jax.tree.structure(state.params)
-    return Edges(*jax.tree.transpose(structure, jax.tree.structure((0, 0)), found))
+    outer, inner = map(jax.tree.structure, (linear.free, (0, 0)))
+    return Edges(*jax.tree.transpose(outer, inner, found))
 
 
 def coordinate_thresholds(
@@ -172,10 +175,11 @@ def threshold(
 @compiled
 def _threshold(dynamics: Dynamics, params: PyTree, lr: PyTree) -> tuple[Array, Array]:
     state = unit_preconditioner(dynamics, dynamics.init(params, lr=lr), lr=lr)
-    values = jax.tree.leaves(coordinate_thresholds(dynamics, state, lr=lr))
+    rest = at_rest(dynamics, state, lr=lr)
+    linear = linear_of(rest)
+    values = jax.tree.leaves(_edges(linear).curvature)
     least = jnp.min(jnp.stack([jnp.min(x, initial=jnp.inf) for x in values]))
-    linear = linearize(dynamics, state, lr=lr)
-    return least, mixing(dynamics, state, linear, lr=lr)
+    return least, mixing(rest, linear, state.slow)
 
 
 def unit_preconditioner(
