@@ -238,6 +238,16 @@ def test_a_lane_that_is_not_finite_ends_at_once_and_alone():
     check(jax.tree.map(lambda x: x[1], pairs), "isolated")
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e25, 1e30])
+def test_scales_whose_squares_single_precision_has_not(scale):
+    values = scale * jnp.linspace(0.1, 1.0, 400, dtype=jnp.float32).at[-1].set(1.3)
+    find = jax.jit(lambda v: rj.top_eigenpairs(lambda x: values * x, v))
+    pairs = find(start(2, 400).astype(jnp.float32))
+    truth = np.sort(np.asarray(values))[::-1][:2]
+    np.testing.assert_allclose(pairs.values, truth, rtol=1e-4)
+    assert float(pairs.residuals.max()) < 1e-3
+
+
 @pytest.mark.parametrize(
     ("guess", "message"),
     [

@@ -57,6 +57,11 @@ def test_a_solver_whose_stages_are_not_known_says_so():
         ),
         ({"solver": diffrax.EulerHeun()}, ValueError, "EulerHeun is for"),
         ({"solver": diffrax.ShARK()}, ValueError, "ShARK is for"),
+        (
+            {"solver": diffrax.Kvaerno3()},
+            ValueError,
+            "Kvaerno3 is implicit, .*PIDController",
+        ),
         ({"solver": diffrax.Heun}, TypeError, "solver must be a diffrax solver"),
         ({"solver": "Heun"}, TypeError, "solver must be a diffrax solver"),
         (

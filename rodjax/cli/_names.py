@@ -139,7 +139,13 @@ def problem(
     for parameter, described in known.items():
         if described.default is inspect.Parameter.empty and parameter not in settings:
             raise ValueError(f"--problem {name}: give it --problem-set {parameter}=...")
-    return build(dtype=dtype, **settings)
+    try:
+        return build(dtype=dtype, **settings)
+    except TypeError as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+        raise ValueError(
+            f"--problem-set: {name} cannot be built of {given}: {error}"
+        ) from None
 
 
 def optimizer(name: str, settings: Mapping[str, Any]) -> OptimizerFactory:
@@ -185,6 +191,11 @@ def setting(
     try:
         return name, ast.literal_eval(value.capitalize() if value.isalpha() else value)
     except (ValueError, SyntaxError):
+        if flag == "--set" and not name.endswith("dtype"):
+            raise ValueError(
+                f"{flag} {text}: {value!r} is no number, nor True, False or None (one "
+                f"NAME=VALUE to each {flag})"
+            ) from None
         return name, value
 
 
@@ -229,6 +240,7 @@ def solver(name: str) -> diffrax.AbstractSolver:
         for known, value in vars(diffrax).items()
         if inspect.isclass(value)
         and issubclass(value, diffrax.AbstractSolver)
+        and not issubclass(value, diffrax.AbstractImplicitSolver)
         and not inspect.isabstract(value)
     }
     try:

@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import numpy as np
 import typer
 
 from rodjax.cli import _names as choices
@@ -15,11 +17,17 @@ from rodjax.cli import _shared as shared
 from rodjax.cli._progress import Bar
 from rodjax.cli._shared import cell, number
 from rodjax.optimizer import dynamics as make_dynamics
-from rodjax.optimizer import threshold, warm_up
+from rodjax.optimizer import warm_up
 from rodjax.problems import Problem
 from rodjax.report import dataset, plot
 from rodjax.solve import Trajectory, compare, descend, integrate, last_finite
 
+COMPLEMENTARITY = "complementarity"
+# A residual from which on it is no solution.
+UNHELD = 1e-2
+PART = "result.nc.part"
+# Bytes that a file of labels alone takes, at most.
+MARGIN = 1_000_000
 FILES = ("summary.json", "result.nc", "plot.png")
 COLUMNS = {
     "final_distance": "final distance",
@@ -64,7 +72,7 @@ def run(
         dynamics = make_dynamics(
             choices.optimizer(optimizer, hyperparameters), chosen.loss
         )
-        edge = threshold(dynamics, chosen.params, lr=lr)
+        edge, without = shared.edge(dynamics, chosen, lr)
         names = shared.flow_names(flows)
         models = shared.build_flows(names, dynamics, chosen, rank=rank)
         # Traced here, so that what cannot work is refused before anything runs.
@@ -85,7 +93,8 @@ def run(
         "dtype": dtype,
         "threshold": number(edge),
     }
-    attributes = head | {
+    told = {key: value for key, value in head.items() if value is not None}
+    attributes = told | {
         "problem_settings": json.dumps(problem_settings or []),
         "settings": json.dumps(hyperparameters),
         "rank": "each flow's own" if rank is None else rank,
@@ -96,7 +105,7 @@ def run(
     common: dict[str, Any] = {
         "lr": lr,
         "every": every,
-        "metrics": shared.metrics(dynamics, chosen),
+        "metrics": shared.metrics(dynamics, chosen, ratio=not without),
     }
     paths: dict[str, Trajectory] = {}
     with Bar(lines=2) as bar:
@@ -130,6 +139,15 @@ def run(
     title = "{problem}, {optimizer}, lr {lr:g}, {dtype}".format(**summary)
     plot(reference, paths, title).savefig(out / "plot.png", dpi=120)
     _print(summary, out)
+    if without:
+        print(f"no stability threshold: {without}")
+    for name, path in paths.items():
+        held = np.asarray(path.metrics.get(COMPLEMENTARITY, 0.0))
+        if (worst := np.max(held, initial=0.0, where=np.isfinite(held))) > UNHELD:
+            print(
+                f"{name} is not to be trusted: its complementarity problem was left "
+                f"with a residual of up to {worst:.2g} (nothing holds the edge)"
+            )
 
 
 def _tell(bar: Bar, warmup: int, step: Any, loss: Any) -> None:
@@ -165,7 +183,11 @@ def _prepare(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is not a directory")
     out.mkdir(parents=True, exist_ok=True)
-    for name in found:
+    try:
+        (out / PART).touch()
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written to: {error}") from None
+    for name in (*found, PART):
         (out / name).unlink()
 
 
@@ -178,15 +200,24 @@ def _write(
 ) -> None:
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     data = dataset(reference, paths, **attributes)
+    # HDF5 does not survive a disk that fills up while it writes.
+    if (room := shutil.disk_usage(out).free) < data.nbytes + MARGIN:
+        raise typer.Exit(_full(out, room))
     # A file cut off in mid-write must not take the place of a whole one.
-    data.to_netcdf(out / "result.nc.part", engine="h5netcdf")
-    (out / "result.nc.part").replace(out / "result.nc")
+    data.to_netcdf(out / PART, engine="h5netcdf")
+    (out / PART).replace(out / "result.nc")
+
+
+def _full(out: Path, room: int) -> int:
+    message = f"rodjax run: no room left for {out / 'result.nc'} ({room} bytes free)"
+    typer.secho(message, err=True, fg="red")
+    return 1
 
 
 def _print(summary: dict[str, Any], out: Path) -> None:
     print(
         "{problem}, {optimizer}, lr {lr:g}, steps {warmup} + {steps}, {dtype}; "
-        "stability threshold {threshold:g}".format(**summary)
+        f"stability threshold {cell(summary['threshold'])}".format(**summary)
     )
     print(f"run: {_cells(summary['run'])}")
     width = max(map(len, COLUMNS.values()))

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import jax
 import optax
 import typer
+from jaxtyping import PyTree
 
 from rodjax.cli import _names as choices
 from rodjax.flows import Floor, Flow
-from rodjax.optimizer import Dynamics
+from rodjax.optimizer import Dynamics, threshold
 from rodjax.problems import Problem
 from rodjax.solve import Metric, edge_of_stability, monitor
 
@@ -67,7 +68,7 @@ def refusing(
     """Print what is wrong with the options and exit; `unless` it is not about them."""
     try:
         yield
-    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         if unless():
             raise
         typer.secho(f"rodjax {command}: {error}", err=True, fg="red")
@@ -80,9 +81,22 @@ def problem(name: str, dtype: str, settings: list[str] | None) -> Problem:
     return choices.problem(name, dtype, dict(map(parse, settings or [])))
 
 
-def metrics(dynamics: Dynamics, problem: Problem) -> tuple[Metric, ...]:
+def metrics(
+    dynamics: Dynamics, problem: Problem, *, ratio: bool = True
+) -> tuple[Metric, ...]:
     """What the commands record: where the sharpness stands, and the problem's own."""
-    return edge_of_stability(dynamics), monitor(problem.metrics)
+    own = monitor(problem.metrics)
+    return (edge_of_stability(dynamics), own) if ratio else (own,)
+
+
+def edge(dynamics: Dynamics, problem: Problem, lr: PyTree) -> tuple[float, str | None]:
+    """The stability threshold; or infinity, and why there is none."""
+    try:
+        return float(threshold(dynamics, problem.params, lr=lr)), None
+    except ValueError as error:
+        if "threshold" not in str(error):
+            raise
+        return math.inf, str(error)
 
 
 def check_steps(warmup: int, steps: int, every: int, substeps: int) -> None:

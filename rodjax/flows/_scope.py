@@ -107,7 +107,7 @@ def _rates(dynamics: Dynamics, params: PyTree, *, lr: PyTree) -> np.ndarray | No
     return rates if np.all(still) and steady and valid else None
 
 
-def _near(x: np.ndarray, y: np.ndarray, params: PyTree) -> bool:
+def _near(x: np.ndarray, y: Any, params: PyTree) -> bool:
     """Equal as far as the narrowest dtype of the parameters tells."""
     eps = max(float(jnp.finfo(p.dtype).eps) for p in jax.tree.leaves(params))
     return np.allclose(x, y, rtol=max(1e-3, 4 * eps))

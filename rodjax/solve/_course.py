@@ -86,6 +86,14 @@ def solving(
         )
     if stepsize_controller is None:
         stepsize_controller = diffrax.ConstantStepSize()
+    tolerance = getattr(getattr(solver, "root_finder", None), "rtol", 0.0)
+    constant = isinstance(stepsize_controller, diffrax.ConstantStepSize)
+    if constant and not isinstance(tolerance, int | float):
+        raise ValueError(
+            f"solver {type(solver).__name__} is implicit, and constant steps do not "
+            "say how accurately to solve for one: give stepsize_controller=diffrax."
+            "PIDController(rtol=1e-6, atol=1e-9), or a root finder with tolerances"
+        )
     adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
     if not isinstance(adjoint, ADJOINTS):
         raise ValueError(
@@ -118,9 +126,12 @@ def descent(dynamics: Dynamics, lr: PyTree, every: int) -> Course:
             return optax.tree.where(ok, new, window), ok, calls
 
         # Other leaves may be infinite in good health, as of a line search at first.
-        before = (window, _finite(window.states.params), jnp.zeros(()))
+        found = jax.vmap(_finite)(window.states.params)
+        before = (window, jnp.all(found), jnp.zeros(()))
         window, ok, calls = jax.lax.fori_loop(0, every, one, before)
-        return window, jnp.where(ok, jnp.inf, window.step + REACH + 1.0), calls
+        # After the window, or within one that began so.
+        lost = jnp.where(jnp.all(found), 2 * REACH + 1, jnp.argmin(found))
+        return window, jnp.where(ok, jnp.inf, window.step - REACH + lost), calls
 
     return Course(look, advance, dynamics.loss, lr)
 
