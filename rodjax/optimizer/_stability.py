@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.optimizer._crossing import crossing
@@ -161,7 +162,7 @@ def threshold(
     value, mixed = _threshold(dynamics, jax.tree.map(jnp.asarray, params), lr)
     # Written so that NaN is no agreement.
     separate = mixed < APART
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return jnp.where(separate, value, jnp.nan)
     if not separate:
         raise ValueError(

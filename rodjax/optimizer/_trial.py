@@ -139,8 +139,7 @@ def _kind(
     """What a leaf's answers to g, -g and another gradient make it."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         scalar = jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.shape == ()
-        counted = zero + np.arange(1.0, len(plus) + 1.0) if scalar else None
-        if scalar and np.array_equal(plus, counted):
+        if scalar and np.array_equal(plus - zero, 1 + np.arange(len(plus))):
             return "clock", None
         fixed = all(np.array_equal(x, zero) for x in plus)
         reason = (

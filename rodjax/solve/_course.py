@@ -173,7 +173,7 @@ def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
         def back(leaves: list[Array]) -> PyTree:
             return structure.unflatten(map(jnp.astype, leaves, narrow))
 
-        def field(s: Array, leaves: list[Array], lr: PyTree) -> list[Array]:
+        def field(s: Any, leaves: list[Array], lr: PyTree) -> list[Array]:
             slope = flow.vector_field(t + s, back(leaves), lr)
             return [jnp.astype(x, wide) for x in jax.tree.leaves(slope)]
 
