@@ -67,10 +67,7 @@ PUBLIC = {
         "sm3",
         "yogi",
     ]
-} | {
-    "noisy_sgd": partial(optax.noisy_sgd, key=jax.random.key(0)),
-    "optimistic_adam": partial(optax.optimistic_adam, optimism=0.5),
-}
+} | {"noisy_sgd": partial(optax.noisy_sgd, key=jax.random.key(0))}
 #: And of `optax.contrib`.
 CONTRIB = {
     name: getattr(contrib, name)

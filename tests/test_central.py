@@ -28,7 +28,7 @@ def pair_of_valleys(params):
 VALLEYS = rj.dynamics(optax.sgd(ETA), pair_of_valleys)
 
 
-@pytest.mark.parametrize("above", [0.0, 0.2])
+@pytest.mark.parametrize("above", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_two_equal_eigenvalues_return_to_the_edge_at_rate_gamma(above):
     # A + B[X] = 0 says 2 - eta (y + y'/gamma) = 0, of each valley by itself.
     begin = {"x": jnp.zeros(2), "y": 2 / ETA + jnp.array([above, 0.5 * above])}
@@ -58,9 +58,8 @@ def test_below_the_edge_it_is_gradient_flow():
     assert float(path.metrics["amplitude"][-1]) == 0.0
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_a_warm_up_from_zero_starts_no_oscillation(dtype):
     warm = rj.dynamics(optax.sgd(optax.linear_schedule(0.0, 0.2, 8)), pair_of_valleys)
     begin = {"x": jnp.array([0.3, -0.2], dtype), "y": jnp.array([3.0, 1.0], dtype)}
@@ -210,6 +209,7 @@ def test_field_is_the_dense_one(name):
     assert float(report["complementarity"]) < 1e-9
 
 
+@pytest.mark.slow
 def test_starts_at_the_moments_the_next_step_divides_by():
     rms = rj.dynamics(optax.rmsprop(0.01, DECAY, EPS), bent)
     begin = rj.warm_up(rms, POINT, 5)

@@ -122,7 +122,9 @@ def test_hessian_eigenpairs_of_a_nested_pytree():
     np.testing.assert_allclose(warm.values, truth[::-1][:k], rtol=1e-11)
 
 
-@pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param("rmsprop", marks=pytest.mark.slow), "adam"]
+)
 def test_preconditioned_eigenpairs_against_the_dense_matrix(optimizer):
     params, lr, k = net_params(), 0.01, 3
     dynamics = rj.dynamics(getattr(optax, optimizer), net_loss)

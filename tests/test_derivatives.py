@@ -112,7 +112,7 @@ def inputs_of(name):
     [
         ("gradient", "sgd", None),
         ("modulated", "sgd", None),
-        ("edge", "sgd", 2),
+        pytest.param("edge", "sgd", 2, marks=pytest.mark.slow),
         ("stable", "adam", None),
         pytest.param("rod", "sgd", None, marks=pytest.mark.slow),
         pytest.param("edge", "adam", None, marks=pytest.mark.slow),

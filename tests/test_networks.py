@@ -176,6 +176,7 @@ def test_dtype_draws_and_metrics(name, dtype):
     assert optax.tree.norm(optax.tree.sub(first, second)) > 0.1
 
 
+@pytest.mark.slow
 def test_weights_have_unit_gain():
     data = clusters(4, shape=(8, 8, 1), classes=2)
     first = vit(data, patch=4, width=100, depth=1, heads=4).params

@@ -101,7 +101,9 @@ def test_correction_pays(name):
         pytest.param(diffrax.Heun(), 2, id="Heun"),
     ],
 )
-@pytest.mark.parametrize("name", ["stable", "modulated", "rod"])
+@pytest.mark.parametrize(
+    "name", ["stable", "modulated", pytest.param("rod", marks=pytest.mark.slow)]
+)
 def test_order_of_the_field_in_diffrax(name, solver, exponent):
     """Two steps of a large learning rate; the size of a substep is data."""
     flow, lr = flow_of(name), jnp.asarray(0.2)

@@ -65,7 +65,14 @@ def of_pytrees():
     return lambda w: half_square(jnp.tanh(DATA.inputs @ w[0]) @ w[1]), params
 
 
-MAKERS = (of_nnx, of_nnx_state, of_linen, of_equinox, of_pytrees)
+MAKERS = (
+    of_nnx,
+    of_equinox,
+    *(
+        pytest.param(m, marks=pytest.mark.slow)
+        for m in (of_nnx_state, of_linen, of_pytrees)
+    ),
+)
 
 
 STEPS = 4

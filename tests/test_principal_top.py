@@ -89,6 +89,7 @@ def test_top_is_closer_than_igr_on_a_network():
     assert LOSS.count == traced
 
 
+@pytest.mark.slow
 def test_tracked_directions_are_the_top_eigenvectors():
     path = on_the_network(MLP_RATES)[0]
     for step in (0, -1):

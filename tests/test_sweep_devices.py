@@ -44,6 +44,7 @@ def by_sweep(save, count):
     return [[line for line in lines if line["sweep"] == i] for i in range(count)]
 
 
+@pytest.mark.slow
 def test_lanes_diverge_and_stay():
     """What is compared below is not empty on either side."""
     lost = np.isfinite(alone()["diverged_at"])

@@ -93,6 +93,7 @@ def test_a_single_learning_rate(scalar, tmp_path):
     assert [axes.get_title() for axes in figure.axes] == ["lr 0.3"]
 
 
+@pytest.mark.slow
 def test_lanes_are_picked_evenly(tmp_path):
     rates = np.geomspace(0.01, 1, 40)
     figure = rj.plot_lanes(made_up({"lr": 40}, lr=rates[::-1]))
