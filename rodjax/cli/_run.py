@@ -72,7 +72,7 @@ def run(
         dynamics = make_dynamics(
             choices.optimizer(optimizer, hyperparameters), chosen.loss
         )
-        edge, without = shared.edge(dynamics, chosen, lr)
+        edge, remark, exists = shared.edge(dynamics, chosen, lr)
         names = shared.flow_names(flows)
         models = shared.build_flows(names, dynamics, chosen, rank=rank)
         # Traced here, so that what cannot work is refused before anything runs.
@@ -105,7 +105,7 @@ def run(
     common: dict[str, Any] = {
         "lr": lr,
         "every": every,
-        "metrics": shared.metrics(dynamics, chosen, ratio=not without),
+        "metrics": shared.metrics(dynamics, chosen, ratio=exists),
     }
     paths: dict[str, Trajectory] = {}
     with Bar(lines=2) as bar:
@@ -139,8 +139,8 @@ def run(
     title = "{problem}, {optimizer}, lr {lr:g}, {dtype}".format(**summary)
     plot(reference, paths, title).savefig(out / "plot.png", dpi=120)
     _print(summary, out)
-    if without:
-        print(f"no stability threshold: {without}")
+    if remark:
+        print(remark)
     for name, path in paths.items():
         held = np.asarray(path.metrics.get(COMPLEMENTARITY, 0.0))
         if (worst := np.max(held, initial=0.0, where=np.isfinite(held))) > UNHELD:

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from rodjax.cli import _names as choices
 from rodjax.flows import Floor, Flow
-from rodjax.optimizer import Dynamics, threshold
+from rodjax.optimizer import Dynamics, first_edge
 from rodjax.problems import Problem
 from rodjax.solve import Metric, edge_of_stability, monitor
 
@@ -89,14 +89,20 @@ def metrics(
     return (edge_of_stability(dynamics), own) if ratio else (own,)
 
 
-def edge(dynamics: Dynamics, problem: Problem, lr: PyTree) -> tuple[float, str | None]:
-    """The stability threshold; or infinity, and why there is none."""
+def edge(dynamics: Dynamics, problem: Problem, lr: PyTree) -> tuple[float, str, bool]:
+    """The stability threshold, infinite if there is none; a remark; and if there is."""
     try:
-        return float(threshold(dynamics, problem.params, lr=lr)), None
+        first = first_edge(dynamics, problem.params, lr=lr)
     except ValueError as error:
         if "threshold" not in str(error):
             raise
-        return math.inf, str(error)
+        return math.inf, f"no stability threshold: {error}", False
+    period = 2 * math.pi / float(first.angle)
+    remark = (
+        f"stability is first lost to an oscillation of period {period:.3g}, and the "
+        "flows that oscillate model one of period two"
+    )
+    return float(first.curvature), remark if period > 2.01 else "", True
 
 
 def check_steps(warmup: int, steps: int, every: int, substeps: int) -> None:

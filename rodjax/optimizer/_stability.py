@@ -158,29 +158,53 @@ def threshold(
 
     ```
     """
+    return first_edge(dynamics, params, lr=lr).curvature
+
+
+def first_edge(dynamics: Dynamics, params: PyTree, *, lr: PyTree = None) -> Edges:
+    """`threshold`, and the angle at which stability is lost there; each [].
+
+    An angle other than pi is an oscillation of another period than two, 2 pi / angle,
+    which the flows that oscillate (rod, modulated, edge, central, covariance) do not
+    model.
+
+    **Raises** `ValueError` as `threshold` does.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> filters = optax.chain(optax.trace(0.5), optax.trace(0.5), optax.sgd(0.05))
+    >>> twice = rj.dynamics(filters, lambda w: jnp.sum(w**2))
+    >>> edge = rj.optimizer.first_edge(twice, jnp.ones(3))
+    >>> round(float(2 * jnp.pi / edge.angle), 4)  # the period, in steps
+    6.0
+
+    ```
+    """
     lr = dynamics.cast(params, lr=lr)
-    value, mixed = _threshold(dynamics, jax.tree.map(jnp.asarray, params), lr)
+    edge, mixed = _first_edge(dynamics, jax.tree.map(jnp.asarray, params), lr)
     # Written so that NaN is no agreement.
     separate = mixed < APART
-    if isinstance(value, Tracer):
-        return jnp.where(separate, value, jnp.nan)
+    if isinstance(mixed, Tracer):
+        return jax.tree.map(lambda x: jnp.where(separate, x, jnp.nan), edge)
     if not separate:
         raise ValueError(
             "the coordinates of this optimizer have no thresholds of their own: its "
             "update has no derivative at zero gradient, or mixes coordinates, as trust "
             "ratios, orthogonalized updates and averaged parameters do"
         )
-    return value
+    return edge
 
 
 @compiled
-def _threshold(dynamics: Dynamics, params: PyTree, lr: PyTree) -> tuple[Array, Array]:
+def _first_edge(dynamics: Dynamics, params: PyTree, lr: PyTree) -> tuple[Edges, Array]:
     state = unit_preconditioner(dynamics, dynamics.init(params, lr=lr), lr=lr)
     rest = at_rest(dynamics, state, lr=lr)
     linear = linear_of(rest)
-    values = jax.tree.leaves(_edges(linear).curvature)
-    least = jnp.min(jnp.stack([jnp.min(x, initial=jnp.inf) for x in values]))
-    return least, mixing(rest, linear, state.slow)
+    flat = lambda tree: jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(tree)])
+    curvatures, angles = map(flat, _edges(linear))
+    first = jnp.argmin(curvatures)
+    edge = Edges(curvatures[first], angles[first])
+    return edge, mixing(rest, linear, state.slow)
 
 
 def unit_preconditioner(
