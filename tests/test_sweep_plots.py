@@ -1,6 +1,8 @@
 """Pictures of sweeps, from made-up results."""
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import xarray
 
@@ -118,3 +120,11 @@ def test_other_axes_and_missing_metrics(tmp_path):
     zipped, _ = drawn(rj.plot_sweep(data, along="b2"), tmp_path)
     assert zipped["stable"].get_xdata().tolist() == [0.1, 0.2]
     drawn(rj.plot_lanes(data), tmp_path)
+
+
+def test_a_picture_of_a_run_says_when_it_diverged():
+    bowl = rj.dynamics(optax.sgd(3.0), lambda w: 0.5 * jnp.sum(w**2))
+    run = rj.descend(bowl, jnp.ones(1), 20)
+    path = rj.integrate(rj.flows.stable(bowl), jnp.ones(1), 20)
+    (text,) = rj.plot(run, {"stable": path}).axes[0].texts
+    assert text.get_text() == "run diverged at step 13"

@@ -68,6 +68,9 @@ def plot(
         # Where everything diverged at once there is nothing to scale.
         if axes is not ratio and any(np.any(np.asarray(y) > 0) for y in drawn):
             axes.set_yscale("log")
+    lost = {"run": run.diverged_at} | {n: flow.diverged_at for n, flow in named.items()}
+    lines = [f"{n} diverged at step {t:g}" for n, t in lost.items() if np.isfinite(t)]
+    loss.text(0.02, 0.02, "\n".join(lines), transform=loss.transAxes, fontsize=8)
     loss.legend()
     return figure
 

@@ -99,8 +99,8 @@ def plot_sweep(data: "xarray.Dataset", along: str = "lr", title: str = "") -> "F
 def plot_lanes(data: "xarray.Dataset", along: str = "lr", title: str = "") -> "Figure":
     """Sharpness over threshold against optimizer steps, a panel for each lane.
 
-    Shaded from where the run diverged; the panels are as high as the lanes without
-    divergence need.
+    Shaded from where the run diverged, which is said; the panels are as high as the
+    lanes without divergence need.
 
     **Arguments**
 
@@ -145,6 +145,8 @@ def plot_lanes(data: "xarray.Dataset", along: str = "lr", title: str = "") -> "F
         lost = float(lane.diverged_at.sel({FLOW: RUN}))
         if np.isfinite(lost):
             axes.axvspan(lost, data[STEP].values[-1], color="k", alpha=0.25, lw=0)
+            said = f"diverged at step {lost:g}"
+            axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", fontsize=8)
         axes.set_title(f"{along} {lane[along].item():.3g}", fontsize=10)
     models = [alive(lanes, "sharpness_ratio", name) for name in _styles(data)]
     highest = np.array([spread(ratio, dim)[2] for ratio in models])
