@@ -28,7 +28,9 @@ def pair_of_valleys(params):
 VALLEYS = rj.dynamics(optax.sgd(ETA), pair_of_valleys)
 
 
-@pytest.mark.parametrize("above", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
+@pytest.mark.parametrize(
+    "above", [pytest.param(x, marks=pytest.mark.slow) for x in (0.0, 0.2)]
+)
 def test_two_equal_eigenvalues_return_to_the_edge_at_rate_gamma(above):
     # A + B[X] = 0 says 2 - eta (y + y'/gamma) = 0, of each valley by itself.
     begin = {"x": jnp.zeros(2), "y": 2 / ETA + jnp.array([above, 0.5 * above])}

@@ -131,6 +131,7 @@ def test_through_integrate_with_all_that_is_recorded():
     check(*functions, inputs_of("sgd"))
 
 
+@pytest.mark.slow
 def test_through_the_central_flow_onto_its_edge():
     options = {"every": 2, "solver": diffrax.Euler()}
     functions = solved(FLOWS["central"], "sgd", None, 2, plain=False, **options)

@@ -252,7 +252,7 @@ def one_sided(updates, params):
     "name",
     [
         pytest.param(n, marks=pytest.mark.slow)
-        if n in ("line search", "noisy sgd", "accumulated", "flag")
+        if n not in ("every fourth", "table", "neither")
         else n
         for n in REFUSED
     ],

@@ -55,7 +55,7 @@ TREES = {
     },
     "half precision": ONE.astype(jnp.bfloat16),
 }
-QUICK = "named like moments", "no entries", "several dtypes"
+QUICK = ("no entries",)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else slowly(n) for n in TREES])
@@ -132,7 +132,8 @@ def test_any_learning_rate_ends_in_numbers_or_in_diverged_at(lr):
     for found, early in ((run, 3), (path, 0)):
         # Of a run a window that reaches three steps ahead is lost with them, unless it
         # is the first.
-        lost = np.arange(6.0) >= np.maximum(found.diverged_at - early, 1)
+        first = 0 if np.isnan(lr) else 1
+        lost = np.arange(6.0) >= np.maximum(found.diverged_at - early, first)
         assert np.array_equal(np.isnan(found.metrics["loss"]), lost)
         assert np.isfinite(found.diverged_at) == (not abs(lr) < 1)
 
@@ -160,6 +161,7 @@ def test_a_covariance_leaves_from_parameters_at_zero():
     assert float(path.metrics["amplitude"].max()) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_central_flow_started_above_the_edge_says_that_it_left():
     """Logistic regression, whose sharpness is highest at the start, from zeros."""
     rng = np.random.default_rng(0)

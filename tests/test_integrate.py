@@ -216,7 +216,9 @@ def test_diverging_lane_stays_alone(name):
 # --- going on ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)]
+)
 def test_what_has_left_for_good_has_diverged(dtype):
     """Long before its numbers overflow, at the same step in both precisions."""
     start = jnp.ones(1, dtype)

@@ -120,7 +120,17 @@ HYPERPARAMETERS = [(0.1, 0.9), (0.02, 0.5), (1.5, 0.0)]
 PARAMS = {"w": jnp.array([[1.0, -2.0]]), "b": jnp.array(0.5)}
 
 
-@pytest.mark.parametrize("name", EXACT | ADAPTIVE)
+# The papers' nine.
+QUICK = {"sgd", "heavy ball", "nesterov", "rmsprop", "adam", "nadam", "scalar adam"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in QUICK else pytest.param(n, marks=pytest.mark.slow)
+        for n in EXACT | ADAPTIVE
+    ],
+)
 def test_threshold_in_closed_form(name):
     make, truth, *edge = (EXACT | ADAPTIVE)[name]
     preconditioner = edge[0] if edge else 1.0
@@ -167,7 +177,10 @@ def test_a_run_decays_below_the_threshold_and_alternates_above(name, lr, b):
 
 @pytest.mark.parametrize(
     "optimizer",
-    [optax.sign_sgd(0.1), pytest.param(optax.lion(0.1), marks=pytest.mark.slow)],
+    [
+        pytest.param(o(0.1), marks=pytest.mark.slow)
+        for o in (optax.sign_sgd, optax.lion)
+    ],
 )
 def test_threshold_is_infinite_where_curvature_has_no_effect(optimizer):
     dynamics = rj.dynamics(optimizer, bowl)

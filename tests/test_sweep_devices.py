@@ -51,6 +51,7 @@ def test_lanes_diverge_and_stay():
     assert lost[0].any() and not lost[0].all()
 
 
+@pytest.mark.slow
 def test_four_devices(tmp_path):
     """One device's bits at the same lanes of each, nothing but rounding at others."""
     words = ("--devices", 4, "--lane-chunk", WIDE, 0)

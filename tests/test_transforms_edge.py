@@ -151,6 +151,7 @@ def test_smooths_the_digits_at_the_edge():
     np.testing.assert_allclose(ratio, 1.0, atol=0.05)
 
 
+@pytest.mark.slow
 def test_runs_as_dynamics():
     problem = rj.problems.factorization((3, 2, 2), [2.0, 1.0])
     make = lambda lr: edge_gradient_descent(lr, floor=1e-2)

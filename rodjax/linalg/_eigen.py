@@ -124,7 +124,8 @@ def top_eigenpairs(
     if k > n:
         raise ValueError(f"guess has k = {k} vectors of only {n} parameters")
     # Nothing is decomposed in half precision.
-    narrow, start = start.dtype, start.astype(jnp.promote_types(start.dtype, "float32"))
+    narrow = start.dtype
+    start = start.astype(narrow if jnp.finfo(narrow).bits >= 32 else jnp.float32)
     accuracy = float(jnp.finfo(narrow).eps) ** 0.5 if tol is None else tol
     # What the operator closes over becomes an argument, to be differentiated in.
     operator = eqx.filter_closure_convert(

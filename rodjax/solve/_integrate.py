@@ -6,6 +6,7 @@ from functools import partial
 import diffrax
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from rodjax.flows import Flow
@@ -21,14 +22,12 @@ SECOND = (
     "callback. Give it a jax.custom_jvp, or take a flow of first derivatives alone: "
     "gradient, stable, rod, and modulated from parameters or without momentum"
 )
-#: What JAX says -> what is meant.
-UNDIFFERENTIABLE = {
-    "custom_vjp": SECOND,
-    "Pure callbacks do not support": SECOND,
-    "forward-mode": "integrate is differentiated in forward mode (jax.jvp, "
-    "jax.jacfwd), which the default adjoint does not serve: give "
-    "adjoint=diffrax.ForwardMode()",
-}
+FORWARD = (
+    "integrate is differentiated in forward mode (jax.jvp, jax.jacfwd), which the "
+    "default adjoint does not serve: give adjoint=diffrax.ForwardMode()"
+)
+# What JAX says of both.
+UNDIFFERENTIABLE = "forward-mode", "Pure callbacks do not support"
 
 # How many times its start's norm and loss a trajectory may come to before it counts as
 # diverged.
@@ -203,10 +202,13 @@ def integrate(
             flow, start, lr, every_metric, keep, progress, moments, every, method, limit
         )
     except (TypeError, ValueError) as error:
-        for words, message in UNDIFFERENTIABLE.items():
-            if words in str(error):
-                raise TypeError(message) from error
-        raise
+        if not any(words in str(error) for words in UNDIFFERENTIABLE):
+            raise
+        # JAX says the same of the solver's loop, differentiated from outside, and of a
+        # loss, differentiated within.
+        given = jax.tree.leaves((start, lr))
+        outside = any(isinstance(x, Tracer) for x in given)
+        raise TypeError(FORWARD if outside else SECOND) from error
 
 
 # By itself, so that a flow goes the same way, to the last bit, however it was begun.
