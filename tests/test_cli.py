@@ -4,6 +4,7 @@ import inspect
 import json
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import cli_runner
 import jax
@@ -159,6 +160,10 @@ def test_divergence_is_reported(tmp_path):
         (["--problem", "cifar10-cnn"], "--problem-set path=..."),
         (["--problem", "cifar10-mlp", "--problem-set", "path=nowhere"], "nowhere"),
         (["--solver", "rk5"], "tsit5"),
+        (["--solver", "kvaerno3"], "name an explicit diffrax solver"),
+        (["--set", "momentum=abc"], "'abc' is no number"),
+        (["--set", "momentum=0.9,nesterov=True"], "is no number"),
+        (["--problem", "digits-mlp", "--problem-set", "widths=8"], "widths=8"),
         (["--lr", "-1"], "--lr"),
         (["--lr", "nan"], "--lr"),
         (["--steps", "7", "--every", "2"], "--every 2"),
@@ -175,6 +180,49 @@ def test_bad_options_are_refused_before_anything_runs(tmp_path, arguments, words
     assert result.exit_code == 2
     assert words in result.stderr
     assert not out.exists()
+
+
+def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "out", tmp_path / "file"):
+        result = invoke(*FAST, "--out", out)
+        assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+
+
+def test_an_optimizer_without_a_threshold_runs_and_is_written(tmp_path):
+    """An infinite threshold is no attribute of netCDF."""
+    arguments = "--flows", "stable", "--optimizer", "lion", "--out", tmp_path
+    result = invoke(*FAST, *arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "summary.json").read_text())["threshold"] is None
+    with xarray.open_dataset(tmp_path / "result.nc", engine="h5netcdf") as data:
+        assert np.isfinite(data.loss.values).all()
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    full = SimpleNamespace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    result = invoke(*FAST, "--flows", "stable", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "no room left for" in result.stderr
+    assert not list(tmp_path.glob("*.nc*"))
+
+
+@pytest.mark.slow
+def test_other_periods_and_unheld_edges_are_told(tmp_path, monkeypatch):
+    """Two filters in a row ring with a period of six; on a quadratic no X holds."""
+    twice = lambda learning_rate: optax.chain(
+        optax.trace(0.5), optax.trace(0.5), optax.sgd(learning_rate)
+    )
+    choice = choices.OPTIMIZERS["nadam"]._replace(build=twice)
+    monkeypatch.setitem(choices.OPTIMIZERS, "nadam", choice)
+    arguments = "--optimizer", "nadam", "--flows", "stable", "--out", tmp_path
+    result = invoke(*FAST, *arguments)
+    assert "to an oscillation of period 6" in result.stdout
+    arguments = "--flows", "central", "--out", tmp_path, "--overwrite"
+    bowl = "--problem", "quadratic", "--lr", 3.0, "--warmup", 0, "--steps", 4
+    result = invoke(*bowl, *arguments)
+    assert "central is not to be trusted" in result.stdout
 
 
 @pytest.mark.slow
