@@ -67,6 +67,7 @@ PUBLIC = {
         "sm3",
         "yogi",
     ]
+    if hasattr(optax, name)
 } | {"noisy_sgd": partial(optax.noisy_sgd, key=jax.random.key(0))}
 #: And of `optax.contrib`.
 CONTRIB = {
