@@ -15,6 +15,8 @@ from optax import contrib
 import rodjax as rj
 from rodjax.optimizer import merge, split_like, unit_preconditioner
 
+if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
 CURVATURES = jnp.array([3.0, 1.0])
 START = {"a": jnp.array([1.0, -0.7]), "b": jnp.array([0.4])}
 
@@ -263,5 +265,4 @@ def table():
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_enable_x64", True)
     print(table())

@@ -210,6 +210,14 @@ def test_threshold_in_single_precision():
     np.testing.assert_allclose(value, adam(0.1, 0.9), rtol=1e-4)
 
 
+def test_a_slow_average_is_no_oscillation_in_single_precision():
+    """Beside a filter of 10,000 steps, whose eigenvalue is next to the one at rest."""
+    dynamics = rj.dynamics(optax.contrib.ademamix(0.1), bowl)
+    params = optax.tree.cast(PARAMS, jnp.float32)
+    value, truth = (rj.threshold(dynamics, p) for p in (params, PARAMS))
+    np.testing.assert_allclose(value, truth, rtol=1e-3)
+
+
 NU = {"w": jnp.array([[0.25, 4.0]]), "b": jnp.array(1e-4)}
 
 

@@ -8,8 +8,9 @@ from jaxtyping import Array, Float
 
 # Angles at which a map of more than three slots is looked at, and halvings between two.
 ANGLES, HALVINGS = 128, 40
-# Where no oscillation can be told from none: cosines of an angle that are too near 1.
-NEAR = 1e-6
+# Where no oscillation can be told from none: cosines of an angle that are as near 1 as
+# the dtype's epsilon to this power.
+NEAR = 0.42
 
 
 def crossing(
@@ -32,7 +33,7 @@ def crossing(
     angles = jnp.full((1,), jnp.pi, free.dtype)
     if len(q) > 1:
         cosines = _angles(_sines(p, q))
-        inside = jnp.abs(cosines) < 1 - NEAR
+        inside = jnp.abs(cosines) < 1 - float(jnp.finfo(free.dtype).eps) ** NEAR
         c = jnp.where(inside, cosines, 0)
         others = jax.vmap(partial(_gain, p, q))(c)
         gains = jnp.concatenate([gains, jnp.where(inside, others, jnp.inf)])
