@@ -202,16 +202,14 @@ def _write(
     data = dataset(reference, paths, **attributes)
     # HDF5 does not survive a disk that fills up while it writes.
     if (room := shutil.disk_usage(out).free) < data.nbytes + MARGIN:
-        raise typer.Exit(_full(out, room))
+        message = (
+            f"rodjax run: no room left for {out / 'result.nc'} ({room} bytes free)"
+        )
+        typer.secho(message, err=True, fg="red")
+        raise typer.Exit(1)
     # A file cut off in mid-write must not take the place of a whole one.
     data.to_netcdf(out / PART, engine="h5netcdf")
     (out / PART).replace(out / "result.nc")
-
-
-def _full(out: Path, room: int) -> int:
-    message = f"rodjax run: no room left for {out / 'result.nc'} ({room} bytes free)"
-    typer.secho(message, err=True, fg="red")
-    return 1
 
 
 def _print(summary: dict[str, Any], out: Path) -> None:

@@ -248,8 +248,8 @@ def alternating_multiplier(
     Momentum makes it a complex pair of modulus sqrt(beta) below the threshold.
     """
     state = unit_preconditioner(dynamics, state, lr=lr)
-    edge = coordinate_thresholds(dynamics, state, lr=lr)
     linear = linearize(dynamics, state, lr=lr)
+    edge = _edges(linear).curvature
     maps = jax.tree.leaves(linear.at(jax.tree.map(lambda e: ratio * e, edge)))[0]
     first = maps.reshape(-1, *maps.shape[-2:])[0]
     if first.shape[-1] > 2:

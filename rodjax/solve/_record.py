@@ -64,7 +64,8 @@ def begin(
     """
     seen = course.look(state)
     carries = tuple(m.init(seen, lr=course.lr) for m in metrics)
-    sizes = _sizes(course, seen.centre.params if origin is None else origin)
+    origin = seen.centre.params if origin is None else origin
+    sizes = _sizes(origin, course.loss(origin))
     bounds = jax.tree.map(lambda x: limit * x, sizes)
     diverged_at = jnp.full_like(seen.step, diverged_at)
     return Place(state, carries, bounds, diverged_at, jnp.zeros_like(seen.step))
@@ -91,14 +92,12 @@ def measure(
 ) -> tuple[Place, Snapshot, dict[str, Any]]:
     """The present moment and all that is recorded of it, NaN if the lane is lost.
 
+    The first of the metrics is `losses`, which every trajectory has.
+
     **Raises** `ValueError` where two record the same name, or one the name of what a
     labelled result has itself.
     """
     seen = course.look(place.shown())
-    sizes = _sizes(course, seen.centre.params)
-    gone = (sizes[0] > place.bounds[0]) & (sizes[1] > place.bounds[1])
-    left_at = jnp.where(place.alive() & gone, seen.step, place.diverged_at)
-    place = place._replace(diverged_at=left_at)
     values, carries = dict(seen.report), []
     owners = dict.fromkeys(values, "the flow itself")
     for index, (metric, carry) in enumerate(zip(metrics, place.carries, strict=True)):
@@ -118,6 +117,10 @@ def measure(
         owners |= dict.fromkeys(named, owner)
         values |= named
         carries.append(following)
+    far, high = _sizes(seen.centre.params, values["loss"])
+    gone = (far > place.bounds[0]) & (high > place.bounds[1])
+    left_at = jnp.where(place.alive() & gone, seen.step, place.diverged_at)
+    place = place._replace(diverged_at=left_at)
     ok = place.alive()
     hide = partial(_hidden, shown=ok)
     shown = seen._replace(centre=hide(seen.centre), ends=hide(seen.ends))
@@ -177,9 +180,9 @@ def _hidden(tree: PyTree, shown: Array) -> PyTree:
     return jax.tree.map(hide, tree)
 
 
-def _sizes(course: Course, params: PyTree) -> tuple[Array, Array]:
+def _sizes(params: PyTree, loss: Array) -> tuple[Array, Array]:
     """What tells that a lane has left: how far it is out, and how high."""
-    return optax.tree.norm(params), jnp.abs(course.loss(params))
+    return optax.tree.norm(params), jnp.abs(loss)
 
 
 def _name(metric: Metric) -> str:
