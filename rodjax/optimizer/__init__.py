@@ -6,16 +6,8 @@ becomes unstable (`threshold`), and when two optimizers are the same (`compiled`
 not know: derivatives of the loss beyond its gradient, flows, solvers, files.
 """
 
-from rodjax.optimizer._dynamics import (
-    Dynamics,
-    Loss,
-    State,
-    dynamics,
-    merge,
-    split_like,
-    widest,
-)
-from rodjax.optimizer._linear import LinearMap, has_momentum, linearize
+from rodjax.optimizer._dynamics import Dynamics, Loss, dynamics
+from rodjax.optimizer._linear import LinearMap, linearize
 from rodjax.optimizer._same import Same, compiled, fingerprint
 from rodjax.optimizer._split import Kind, OptimizerFactory
 from rodjax.optimizer._stability import (
@@ -28,6 +20,13 @@ from rodjax.optimizer._stability import (
     learning_rate,
     threshold,
     unit_preconditioner,
+)
+from rodjax.optimizer._state import (
+    State,
+    has_momentum,
+    merge,
+    split_like,
+    widest,
 )
 from rodjax.optimizer._window import (
     REACH,

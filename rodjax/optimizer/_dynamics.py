@@ -3,62 +3,17 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Float, PyTree
 
-from rodjax.optimizer._split import (
-    PARTS,
-    Kind,
-    OptimizerFactory,
-    Split,
-    split_of,
-)
+from rodjax.optimizer._split import PARTS, Kind, OptimizerFactory, split_of
+from rodjax.optimizer._state import State, as_optax, in_floats, merge, split_like
 from rodjax.optimizer._trial import update_with
 
 Loss = Callable[[Any], Float[Array, ""]]
-
-
-class State(NamedTuple):
-    """The whole state of an optimizer, in four parts of one tree structure.
-
-    Every part has the structure `(params, optax_state)` with `None` where a leaf
-    belongs to another part, so `equinox.combine(*state)` is the whole. Which part a
-    leaf belongs to is found by showing the optimizer a gradient and its opposite.
-
-    - `phase`: what may flip sign every step: parameters, and whatever changes its sign
-      with the gradient (first moments).
-    - `slow`: what changes with the gradient but not with its sign (second moments).
-    - `clock`: step counters. Integers, as Optax counts, in a run; floats in a flow,
-      which advances them by fractions.
-    - `rest`: what no gradient changes and does not count steps: injected
-      hyperparameters, flags, constants.
-
-    ```python
-    >>> import jax.numpy as jnp, optax, rodjax as rj
-    >>> adam = rj.dynamics(optax.adam(0.1), lambda w: jnp.sum(w**2))
-    >>> state = adam.init(jnp.array([1.0, -2.0]))
-    >>> params, (moments, _) = rj.optimizer.merge(adam.update(state))
-    >>> bool(jnp.allclose(params, jnp.array([0.9, -1.9]))), float(moments.count)
-    (True, 1.0)
-    >>> state.phase[1][0].nu is None  # for it is a part of state.slow
-    True
-
-    ```
-    """
-
-    phase: PyTree
-    slow: PyTree
-    clock: PyTree
-    rest: PyTree
-
-    @property
-    def params(self) -> PyTree:
-        """The parameters, as the user's pytree."""
-        return self.phase[0]
 
 
 class InitFn(Protocol):
@@ -118,19 +73,6 @@ class Dynamics(NamedTuple):
     fluid: FluidFn
     loss: Loss
     cast: CastFn
-
-
-def merge(state: State) -> tuple[PyTree, PyTree]:
-    """`(params, optax_state)` of a split state."""
-    return eqx.combine(*state)
-
-
-def split_like(tree: PyTree, state: State) -> State:
-    """Split `tree`, of structure `(params, optax_state)`, the way `state` is split."""
-    holes = lambda part: jax.tree.map(
-        lambda leaf: leaf is not None, part, is_leaf=lambda leaf: leaf is None
-    )
-    return State(*(eqx.filter(tree, holes(part)) for part in state))
 
 
 def dynamics(
@@ -215,7 +157,8 @@ def dynamics(
         return State(*(jax.tree.unflatten(structure, only(part)) for part in PARTS))
 
     def step(state: State, value: Array, grad: PyTree, lr: PyTree):
-        params, old = merge(_as_optax(state, split_of(factory, state.params, lr, kind)))
+        dtypes = split_of(factory, state.params, lr, kind).dtypes
+        params, old = merge(as_optax(state, dtypes))
         updates, new = update_with(factory(lr), grad, old, params, value, loss)
         like = lambda x, y: x if x.dtype == y.dtype else jnp.astype(x, y.dtype)
         return updates, jax.tree.map(like, new, merge(state)[1])
@@ -262,13 +205,6 @@ def _float_dtype(params: PyTree) -> jnp.dtype:
     return jnp.result_type(*(jnp.asarray(leaf).dtype for _, leaf in leaves))
 
 
-def widest(tree: PyTree) -> jnp.dtype:
-    """The widest of its dtypes of floats, single precision at least, to count in."""
-    dtypes = [x.dtype for x in jax.tree.leaves(tree)]
-    floats = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
-    return max([jnp.dtype(jnp.float32), *floats], key=lambda d: jnp.finfo(d).bits)
-
-
 def _check_scalar_loss(loss: Loss, params: PyTree) -> None:
     out = jax.eval_shape(loss, params)
     if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
@@ -276,26 +212,3 @@ def _check_scalar_loss(loss: Loss, params: PyTree) -> None:
             f"loss must return one real float (shape ()); it returns {out}. Average "
             "over samples, and drop auxiliary outputs"
         )
-
-
-def in_floats(state: State) -> State:
-    """Counters and flags as floats."""
-    dtype = widest(state.params)
-    # Not by `isdtype`, which knows no random keys.
-    kinds = jnp.integer, jnp.bool
-    discrete = lambda x: any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
-    return jax.tree.map(lambda x: jnp.astype(x, dtype) if discrete(x) else x, state)
-
-
-def _as_optax(state: State, split: Split) -> State:
-    """Flags and integers as Optax has them; counters may stay between two steps."""
-    structure = jax.tree.structure(merge(state))
-    dtypes = split_like(jax.tree.unflatten(structure, split.dtypes), state)
-
-    def back(x: Array, dtype: Any) -> Array:
-        if x.dtype == dtype or jnp.issubdtype(dtype, jnp.floating):
-            return x
-        flag = jnp.issubdtype(dtype, jnp.bool)
-        return jnp.astype(x > 0.5 if flag else jnp.round(x), dtype)
-
-    return state._replace(rest=jax.tree.map(back, state.rest, dtypes.rest))

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, PyTree
 
-from rodjax.optimizer._dynamics import Dynamics, State
+from rodjax.optimizer._dynamics import Dynamics
+from rodjax.optimizer._state import State, slots_of
 
 # A gradient whose square single precision still tells from nothing.
 NEAR_REST = 1e-18
@@ -101,7 +101,7 @@ def at_rest(dynamics: Dynamics, state: State, *, lr: PyTree) -> Rest:
         )
         return jax.tree.leaves(linear(*tangents)[0])
 
-    return Rest(answer, _slots(state), rest, kept)
+    return Rest(answer, slots_of(state), rest, kept)
 
 
 def linear_of(rest: Rest) -> LinearMap:
@@ -150,33 +150,3 @@ def mixing(rest: Rest, linear: LinearMap, slow: PyTree) -> Array:
     floats = [x.dtype for x in jax.tree.leaves((rest.state.phase, slow))]
     blur = max(float(jnp.finfo(dtype).eps) for dtype in floats)
     return jnp.maximum(apart / size, moved) - blur
-
-
-def has_momentum(state: State) -> bool:
-    """Whether the phase holds more than the parameters themselves."""
-    return bool(jax.tree.leaves(state.phase[1]))
-
-
-def _slots(state: State) -> list[list[int]]:
-    """Which leaves of the phase are of each leaf of the parameters; itself first.
-
-    A first moment is that of the parameter whose path its own ends with, the longest
-    such path, and whose shape it has: wrappers that hold moments of a part of the
-    parameters, one for each label, are met so too.
-    """
-    params = tree_leaves_with_path(state.params)
-    slots = [[i] for i in range(len(params))]
-    for k, (path, x) in enumerate(tree_leaves_with_path(state.phase[1])):
-        homes = [
-            (len(own), i)
-            for i, (own, w) in enumerate(params)
-            if path[len(path) - len(own) :] == own and w.shape == x.shape
-        ]
-        if not homes:
-            raise ValueError(
-                f"the optimizer's state{keystr(path)}, of shape {x.shape}, is a first "
-                "moment that mirrors no parameter, so that no coordinate has a "
-                "threshold of its own"
-            )
-        slots[max(homes)[1]].append(len(params) + k)
-    return slots

@@ -9,9 +9,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.optimizer._crossing import crossing
-from rodjax.optimizer._dynamics import Dynamics, State
+from rodjax.optimizer._dynamics import Dynamics
 from rodjax.optimizer._linear import LinearMap, at_rest, linear_of, linearize, mixing
 from rodjax.optimizer._same import compiled
+from rodjax.optimizer._state import State
 
 # A step count at which bias corrections have died out; and steps without a gradient
 # from there on, in which whatever else averages over time has settled.

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from rodjax.optimizer._dynamics import Dynamics, State, in_floats
+from rodjax.optimizer._dynamics import Dynamics
 from rodjax.optimizer._same import compiled
+from rodjax.optimizer._state import State, in_floats
 
 #: States on either side of a window's middle.
 REACH = 3

@@ -1,0 +1,121 @@
+"""The whole state of an optimizer, in parts that flows treat each in their own way."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.tree_util import keystr, tree_leaves_with_path
+from jaxtyping import Array, PyTree
+
+
+class State(NamedTuple):
+    """The whole state of an optimizer, in four parts of one tree structure.
+
+    Every part has the structure `(params, optax_state)` with `None` where a leaf
+    belongs to another part, so `equinox.combine(*state)` is the whole. Which part a
+    leaf belongs to is found by showing the optimizer a gradient and its opposite.
+
+    - `phase`: what may flip sign every step: parameters, and whatever changes its sign
+      with the gradient (first moments).
+    - `slow`: what changes with the gradient but not with its sign (second moments).
+    - `clock`: step counters. Integers, as Optax counts, in a run; floats in a flow,
+      which advances them by fractions.
+    - `rest`: what no gradient changes and does not count steps: injected
+      hyperparameters, flags, constants.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> adam = rj.dynamics(optax.adam(0.1), lambda w: jnp.sum(w**2))
+    >>> state = adam.init(jnp.array([1.0, -2.0]))
+    >>> params, (moments, _) = rj.optimizer.merge(adam.update(state))
+    >>> bool(jnp.allclose(params, jnp.array([0.9, -1.9]))), float(moments.count)
+    (True, 1.0)
+    >>> state.phase[1][0].nu is None  # for it is a part of state.slow
+    True
+
+    ```
+    """
+
+    phase: PyTree
+    slow: PyTree
+    clock: PyTree
+    rest: PyTree
+
+    @property
+    def params(self) -> PyTree:
+        """The parameters, as the user's pytree."""
+        return self.phase[0]
+
+
+def merge(state: State) -> tuple[PyTree, PyTree]:
+    """`(params, optax_state)` of a split state."""
+    return eqx.combine(*state)
+
+
+def split_like(tree: PyTree, state: State) -> State:
+    """Split `tree`, of structure `(params, optax_state)`, the way `state` is split."""
+    holes = lambda part: jax.tree.map(
+        lambda leaf: leaf is not None, part, is_leaf=lambda leaf: leaf is None
+    )
+    return State(*(eqx.filter(tree, holes(part)) for part in state))
+
+
+def widest(tree: PyTree) -> jnp.dtype:
+    """The widest of its dtypes of floats, single precision at least, to count in."""
+    dtypes = [x.dtype for x in jax.tree.leaves(tree)]
+    floats = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+    return max([jnp.dtype(jnp.float32), *floats], key=lambda d: jnp.finfo(d).bits)
+
+
+def in_floats(state: State) -> State:
+    """Counters and flags as floats."""
+    dtype = widest(state.params)
+    # Not by `isdtype`, which knows no random keys.
+    kinds = jnp.integer, jnp.bool
+    discrete = lambda x: any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
+    return jax.tree.map(lambda x: jnp.astype(x, dtype) if discrete(x) else x, state)
+
+
+def as_optax(state: State, dtypes: tuple[Any, ...]) -> State:
+    """Flags and integers as Optax has them; counters may stay between two steps."""
+    structure = jax.tree.structure(merge(state))
+    wanted = split_like(jax.tree.unflatten(structure, dtypes), state)
+
+    def back(x: Array, dtype: Any) -> Array:
+        if x.dtype == dtype or jnp.issubdtype(dtype, jnp.floating):
+            return x
+        flag = jnp.issubdtype(dtype, jnp.bool)
+        return jnp.astype(x > 0.5 if flag else jnp.round(x), dtype)
+
+    return state._replace(rest=jax.tree.map(back, state.rest, wanted.rest))
+
+
+def has_momentum(state: State) -> bool:
+    """Whether the phase holds more than the parameters themselves."""
+    return bool(jax.tree.leaves(state.phase[1]))
+
+
+def slots_of(state: State) -> list[list[int]]:
+    """Which leaves of the phase are of each leaf of the parameters; itself first.
+
+    A first moment is that of the parameter whose path its own ends with, the longest
+    such path, and whose shape it has: wrappers that hold moments of a part of the
+    parameters, one for each label, are met so too.
+    """
+    params = tree_leaves_with_path(state.params)
+    slots = [[i] for i in range(len(params))]
+    for k, (path, x) in enumerate(tree_leaves_with_path(state.phase[1])):
+        homes = [
+            (len(own), i)
+            for i, (own, w) in enumerate(params)
+            if path[len(path) - len(own) :] == own and w.shape == x.shape
+        ]
+        if not homes:
+            raise ValueError(
+                f"the optimizer's state{keystr(path)}, of shape {x.shape}, is a first "
+                "moment that mirrors no parameter, so that no coordinate has a "
+                "threshold of its own"
+            )
+        slots[max(homes)[1]].append(len(params) + k)
+    return slots
