@@ -50,6 +50,7 @@ def descend(
     keep: Callable[[PyTree], PyTree] = everything,
     progress: Progress | None = None,
     limit: float = LIMIT,
+    origin: PyTree = None,
 ) -> Trajectory:
     """Run the optimizer itself, by `lax.scan` over its update map.
 
@@ -67,8 +68,11 @@ def descend(
     - `progress`: called on the host with the step and the loss, at most a hundred
       times, the last moment among them.
     - `limit`: it has diverged at the first saved moment at which both the norm of the
-      parameters and the size of the loss are more than `limit` times what they were at
-      its start, or at the first step that is not finite; infinite for the latter alone.
+      parameters and the size of the loss are more than `limit` times what they are at
+      `origin`, or at the first step that is not finite; infinite for the latter alone.
+    - `origin`: parameters, by default those at the start of this trajectory. Where it
+      goes on from another, give what that one began with, or what had left by then
+      counts as at home.
 
     **Returns** a `Trajectory` over the second-order midpoints at `steps / every + 1`
     moments; the iterates are its `ends`. It is differentiable in `lr` and `start`,
@@ -96,9 +100,9 @@ def descend(
     window = start if isinstance(start, Window) else warm_up(dynamics, start, lr=lr)
     lr = dynamics.cast(window.at(0).params, lr=lr)
     every_metric = (losses(dynamics.loss), *metrics)
-    return _descend(
-        dynamics, window, lr, every_metric, keep, progress, moments, every, limit
-    )
+    origin = jax.tree.map(jnp.asarray, origin)
+    recorded = every_metric, keep, progress, moments, every, limit, origin
+    return _descend(dynamics, window, lr, *recorded)
 
 
 @compiled
@@ -112,9 +116,11 @@ def _descend(
     moments: int,
     every: int,
     limit: float,
+    origin: PyTree,
 ) -> Trajectory:
     course = descent(dynamics, lr, every)
-    return record(course, window, metrics, keep, progress, moments, every, limit)
+    recorded = metrics, keep, progress, moments, every, limit, origin
+    return record(course, window, *recorded)
 
 
 def integrate(
@@ -133,6 +139,7 @@ def integrate(
     key: Array | None = None,
     progress: Progress | None = None,
     limit: float = LIMIT,
+    origin: PyTree = None,
 ) -> Trajectory:
     """Solve a flow with diffrax, saving at whole optimizer steps.
 
@@ -146,7 +153,8 @@ def integrate(
     - `start`: parameters, for a flow from scratch: the optimizer's state is then a new
       one, its schedules at their beginning. Or a `Window` of a run to go on from, or
       the `final` of this flow's own trajectory.
-    - `steps`, `every`, `metrics`, `keep`, `progress`, `limit`: as for `descend`.
+    - `steps`, `every`, `metrics`, `keep`, `progress`, `limit`, `origin`: as for
+      `descend`.
     - `lr`: the learning rate if the flow's dynamics take one.
     - `solver`: any diffrax solver of ODEs, explicit or implicit; Heun by default.
     - `substeps`: solver steps to an optimizer step; 4 is safe with Heun.
@@ -191,6 +199,7 @@ def integrate(
     method = solving(solver, substeps, stepsize_controller, adjoint)
     key = jax.random.key(0) if key is None else key
     every_metric = (losses(flow.dynamics.loss), *metrics)
+    origin = jax.tree.map(jnp.asarray, origin)
     try:
         if isinstance(start, Reached):
             lr = _check_own(flow, start, lr, key)
@@ -198,9 +207,8 @@ def integrate(
             params = start.at(0).params if isinstance(start, Window) else start
             lr = flow.dynamics.cast(params, lr=lr)
             start = _begun(flow, jax.tree.map(jnp.asarray, start), lr, key)
-        return _integrate(
-            flow, start, lr, every_metric, keep, progress, moments, every, method, limit
-        )
+        recorded = every_metric, keep, progress, moments, every, limit, origin
+        return _integrate(flow, start, lr, method, *recorded)
     except (TypeError, ValueError) as error:
         if not any(words in str(error) for words in UNDIFFERENTIABLE):
             raise
@@ -220,16 +228,18 @@ def _integrate(
     flow: Flow,
     start: Reached,
     lr: PyTree,
+    method: Method,
     metrics: tuple[Metric, ...],
     keep: Callable[[PyTree], PyTree],
     progress: Progress | None,
     moments: int,
     every: int,
-    method: Method,
     limit: float,
+    origin: PyTree,
 ) -> Trajectory:
     course = solution(flow, lr, every, method)
-    return record(course, start, metrics, keep, progress, moments, every, limit)
+    recorded = metrics, keep, progress, moments, every, limit, origin
+    return record(course, start, *recorded)
 
 
 def saved_moments(steps: int, every: int) -> int:

@@ -137,6 +137,7 @@ def record(
     moments: int,
     every: int,
     limit: float,
+    origin: PyTree,
 ) -> Trajectory:
     """Save the first moment and `moments` more, `every` steps apart."""
     stride = moments // CALLS + 1
@@ -155,7 +156,8 @@ def record(
         return place, (keep(seen.centre.params), jax.vmap(keep)(seen.ends), values)
 
     indices = jnp.arange(moments + 1)
-    end, saved = jax.lax.scan(moment, begin(course, state, metrics, limit), indices)
+    first = begin(course, state, metrics, limit, origin)
+    end, saved = jax.lax.scan(moment, first, indices)
     step = course.look(state).step
     params, ends, values = saved
     named = dict(course.reports)
