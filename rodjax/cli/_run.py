@@ -106,6 +106,8 @@ def run(
         "lr": lr,
         "every": every,
         "metrics": shared.metrics(dynamics, chosen, ratio=exists),
+        # So that what the warm-up has lost counts as lost.
+        "origin": chosen.params,
     }
     paths: dict[str, Trajectory] = {}
     with Bar(lines=2) as bar:
