@@ -1,6 +1,7 @@
 """The largest eigenvalues of the Hessian, plain and over the stability threshold."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,31 +9,89 @@ import optax
 from jaxtyping import PyTree
 
 from rodjax.curvature._derivatives import hvp
-from rodjax.linalg import Eigenpair, Eigenpairs, top_eigenpair, top_eigenpairs
-from rodjax.optimizer import Dynamics, Loss, State, coordinate_thresholds
+from rodjax.linalg import (
+    Eigenpair,
+    Eigenpairs,
+    refined_eigenpair,
+    top_eigenpair,
+    top_eigenpairs,
+)
+from rodjax.optimizer import Dynamics, Loss, State, compiled, coordinate_thresholds
 
 
 def sharpness(
     loss: Loss,
     params: PyTree,
     *,
+    args: tuple[Any, ...] = (),
     guess: PyTree | None = None,
+    products: int | None = None,
     tol: float | None = None,
 ) -> Eigenpair:
     """The sharpness: the largest eigenvalue of the loss's Hessian, with eigenvector.
 
-    `guess` is a warm start, a pytree like `params`; random if `None`.
+    Compiled once for a loss and the shapes of its arguments, whether it is called under
+    `jax.jit` or not.
+
+    **Arguments**
+
+    - `loss`: `loss(params, *args)` -> scalar.
+    - `params`: any pytree of floats.
+    - `args`: what the loss takes besides, such as a batch: arrays, traced, so that the
+      next batch costs no compilation as a new function of the parameters would.
+    - `guess`: a warm start, a pytree like `params`; random if `None`.
+    - `products`: Hessian-vector products to spend, 1 to 3 where `guess` is the vector
+      of a few steps before; `residual` tells how far they led. As
+      `rodjax.linalg.refined_eigenpair`, with its memory. `None`: as many as `tol`
+      needs, 13 at least, and as `top_eigenpair` with the memory of twenty vectors.
+    - `tol`: relative residual to reach, as in `top_eigenpairs`.
+
+    **Raises** `ValueError` for `products` below 1, or beside `tol`.
 
     ```python
     >>> import jax.numpy as jnp, rodjax as rj
-    >>> loss = lambda w: 0.5 * (3.0 * w[0] ** 2 + w[1] ** 2)
-    >>> float(rj.sharpness(loss, jnp.zeros(2)).value)
+    >>> loss = lambda w, scale: 0.5 * scale * (3.0 * w[0] ** 2 + w[1] ** 2)
+    >>> pair = rj.sharpness(loss, jnp.zeros(2), args=(1.0,))
+    >>> float(pair.value)
     3.0
+    >>> again = rj.sharpness(
+    ...     loss, jnp.zeros(2), args=(2.0,), guess=pair.vector, products=1
+    ... )
+    >>> float(again.value), float(again.residual)
+    (6.0, 0.0)
 
     ```
     """
+    check_products(products, tol)
+    return _sharpness(loss, params, args, guess, products, tol)
+
+
+@compiled
+def _sharpness(loss, params, args, guess, products, tol) -> Eigenpair:
     guess = random_direction(params) if guess is None else guess
-    return top_eigenpair(lambda v: hvp(loss, params, v), guess, tol=tol)
+    at = lambda w: loss(w, *args)
+    return _largest(lambda v: hvp(at, params, v), guess, products, tol)
+
+
+def check_products(products: int | None, tol: float | None) -> None:
+    if products is not None and products < 1:
+        raise ValueError(f"products must be at least 1, or None; got {products}")
+    if products is not None and tol is not None:
+        raise ValueError(
+            "give products, a number of products to spend, or tol, a residual to "
+            "reach, not both"
+        )
+
+
+def _largest(
+    matvec: Callable[[PyTree], PyTree],
+    guess: PyTree,
+    products: int | None,
+    tol: float | None,
+) -> Eigenpair:
+    if products is None:
+        return top_eigenpair(matvec, guess, tol=tol)
+    return refined_eigenpair(matvec, guess, products)
 
 
 def hessian_eigenpairs(
@@ -69,6 +128,7 @@ def sharpness_ratio(
     *,
     lr: PyTree = None,
     guess: PyTree | None = None,
+    products: int | None = None,
     tol: float | None = None,
 ) -> Eigenpair:
     r"""Preconditioned sharpness over its threshold: 1 is the edge of stability.
@@ -76,7 +136,14 @@ def sharpness_ratio(
     $\lambda_{\max}(D^{-1/2} H D^{-1/2})$ with D the diagonal of
     `coordinate_thresholds` at `state`, whose second moments are the preconditioner. For
     GD it is the sharpness times eta/2. The eigenvector is in the coordinates
-    $D^{1/2} w$; `guess` is a warm start in the same.
+    $D^{1/2} w$; `guess` is a warm start in the same. `products` and `tol` as in
+    `sharpness`. Where the optimizer clips the gradient that the loss has at `state`,
+    thresholds are higher by as much as it clips.
+
+    Before the first step of Adam there is no second moment yet: thresholds are those of
+    its epsilon, and the ratio is large by orders of magnitude.
+
+    **Raises** `ValueError` for `products` below 1, or beside `tol`.
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
@@ -87,8 +154,14 @@ def sharpness_ratio(
 
     ```
     """
+    check_products(products, tol)
+    return _ratio(dynamics, state, lr, guess, products, tol)
+
+
+@compiled
+def _ratio(dynamics, state, lr, guess, products, tol) -> Eigenpair:
     guess = random_direction(state.params) if guess is None else guess
-    return top_eigenpair(_preconditioned(dynamics, state, lr=lr), guess, tol=tol)
+    return _largest(_preconditioned(dynamics, state, lr=lr), guess, products, tol)
 
 
 def preconditioned_eigenpairs(

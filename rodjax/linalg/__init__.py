@@ -17,6 +17,7 @@ from rodjax.linalg._lowrank import (
     tangent,
     unflatten,
 )
+from rodjax.linalg._refine import dot, refined_eigenpair
 
 __all__ = [
     "Complementary",
@@ -24,9 +25,11 @@ __all__ = [
     "Eigenpairs",
     "complementarity",
     "cubature",
+    "dot",
     "flatten",
     "length",
     "orthonormal",
+    "refined_eigenpair",
     "root",
     "square_root",
     "tangent",

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import equinox as eqx
 import jax
 import numpy as np
+from jax.core import Tracer
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,6 +51,7 @@ class _Prints:
     def __init__(self):
         self.met: dict[int, int] = {}
         self.kept: list[Any] = []
+        self.traced = False
 
     def of(self, thing: Any) -> Hashable:
         if isinstance(thing, VALUES):
@@ -60,6 +62,7 @@ class _Prints:
         self.met[id(thing)] = len(self.met)
         # As long as this lasts no other object may get the same identity.
         self.kept.append(thing)
+        self.traced |= isinstance(thing, Tracer)
         if isinstance(thing, jax.tree_util.PyTreeDef):
             return thing
         if isinstance(thing, types.FunctionType):
@@ -110,11 +113,16 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 
 
 class Same:
-    """Anything, equal to whatever has the same `fingerprint`."""
+    """Anything, equal to whatever has the same `fingerprint`.
+
+    `traced`: whether it closes over what is being traced, and must not outlive that.
+    """
 
     def __init__(self, thing: Any):
         self.thing = thing
-        self.print = fingerprint(thing)
+        prints = _Prints()
+        self.print = prints.of(thing)
+        self.traced = prints.traced
         self.hash = hash(self.print)
 
     def __eq__(self, other: object) -> bool:
@@ -130,7 +138,8 @@ def compiled(function: F) -> F:
     Arrays are traced; all other leaves are compile-time constants that are compared by
     their `fingerprint`: a flow, metric or optimizer that is built again from the same
     parts shares the compilation of the first. The last 64 such constants of a function
-    are kept, each with the data that it closes over. Positional arguments only.
+    are kept, each with the data that it closes over; a function that closes over what
+    is being traced is neither compiled nor kept. Positional arguments only.
 
     ```python
     >>> import jax, jax.numpy as jnp, rodjax as rj
@@ -159,6 +168,7 @@ def compiled(function: F) -> F:
     def call(*args: Any) -> Any:
         arrays, rest = eqx.partition(args, eqx.is_array)
         leaves, structure = jax.tree.flatten(rest)
-        return program(Same((structure, leaves)))(arrays)
+        same = Same((structure, leaves))
+        return function(*args) if same.traced else program(same)(arrays)
 
     return cast(F, call)

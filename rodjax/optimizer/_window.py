@@ -1,10 +1,13 @@
 """A few consecutive optimizer states: where a flow starts from a run."""
 
+from collections.abc import Sequence
 from math import comb
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.optimizer._dynamics import Dynamics
@@ -35,6 +38,51 @@ class Window(NamedTuple):
 
     states: State
     step: Float[Array, ""]
+
+    @classmethod
+    def of(
+        cls,
+        dynamics: Dynamics,
+        states: State | Sequence[State],
+        *,
+        step: ArrayLike,
+        lr: PyTree = None,
+    ) -> "Window":
+        """The window that follows from a state of a run, or from a few in a row.
+
+        The optimizer takes the steps that are missing, so that nothing before the first
+        state is made up: one state alone is the first of the window, whose middle is
+        three steps later; with the three before it, it is the middle.
+
+        **Arguments**
+
+        - `dynamics`: from `rodjax.dynamics`, of the optimizer that made them.
+        - `states`: one `State` (see `State.of`), or consecutive ones, the oldest first,
+          of which the last four are used.
+        - `step`: the step of the last of them.
+        - `lr`: the learning rate, if `dynamics` takes one.
+
+        **Raises** `ValueError` if there is no state, or `step` is negative.
+
+        ```python
+        >>> import jax.numpy as jnp, optax, rodjax as rj
+        >>> sgd = rj.dynamics(optax.sgd(1.5), lambda w: 0.5 * w**2)  # w -> -w / 2
+        >>> state = sgd.init(jnp.array(8.0))
+        >>> window = rj.Window.of(sgd, state, step=100)
+        >>> float(window.step), float(window.at(-3).params), float(window.at(0).params)
+        (103.0, 8.0, -1.0)
+
+        ```
+        """
+        few = [states] if isinstance(states, State) else list(states)
+        if not few:
+            raise ValueError("states is empty: a window begins with one state at least")
+        if not isinstance(step, Tracer) and step < 0:
+            raise ValueError(f"step must be at least 0, got {step}")
+        few = few[-1 - REACH :]
+        lr = dynamics.cast(few[-1].params, lr=lr)
+        middle = jnp.asarray(step, jnp.result_type(float)) + (REACH + 1 - len(few))
+        return Window(_completed(dynamics, few, lr), middle)
 
     def at(self, ahead: int) -> State:
         """The state at step `step + ahead`, with -3 <= ahead <= 3."""
@@ -109,6 +157,20 @@ def alternating(window: Window, order: int = 2 * REACH, ahead: int = 0) -> State
         (-1.0) ** (j - half) * comb(order, j) / 2.0**order for j in range(order + 1)
     ]
     return _combine(window, weights, ahead - half)
+
+
+@compiled
+def _completed(dynamics: Dynamics, few: list[State], lr: PyTree) -> State:
+    """The seven consecutive states that these begin."""
+
+    def one(last: State, _: None) -> tuple[State, State]:
+        new = dynamics.update(last, lr=lr)
+        return new, new
+
+    more = jax.lax.scan(one, few[-1], length=2 * REACH + 1 - len(few))[1]
+    return jax.tree.map(
+        lambda new, *old: jnp.concatenate([jnp.stack(old), new]), more, *few
+    )
 
 
 def slide(dynamics: Dynamics, window: Window, *, lr: PyTree = None) -> Window:
