@@ -25,6 +25,27 @@ def quadratic(w):
     return 0.5 * jnp.sum(CURVATURES * w["a"] ** 2) + 0.5 * jnp.sum(w["b"] ** 2)
 
 
+def drawn(seed, *shape):
+    return 0.5 * jax.random.normal(jax.random.key(seed), shape)
+
+
+INPUTS, TARGETS = 2 * drawn(0, 12, 3), drawn(1, 12, 2)
+LAYERS = {
+    "a": {"kernel": drawn(2, 3, 5), "bias": drawn(3, 5)},
+    "b": {"kernel": drawn(4, 5, 2), "bias": drawn(5, 2)},
+}
+
+
+def net(w):
+    hidden = jnp.tanh(INPUTS @ w["a"]["kernel"] + w["a"]["bias"][None])
+    out = hidden @ w["b"]["kernel"] + w["b"]["bias"][None]
+    return 0.5 * jnp.mean(jnp.sum((out - TARGETS) ** 2, 1))
+
+
+#: Of known spectrum, and not: the loss and where it is started from.
+LOSSES = {"quadratic": (quadratic, START), "net": (net, LAYERS)}
+
+
 def table_schedule(lr):
     return lambda count: jnp.linspace(1.0, 0.5, 200)[count] * lr
 
@@ -142,27 +163,27 @@ TAKES_NO_MORE = {"sam(sgd)"}
 OWN_RATE = {"cocob", "dadapt_adamw", "dog", "dowg", "momo", "momo_adam", "prodigy"}
 
 
-def build(name, lr=0.05):
-    """The optimizer, and its dynamics on the quadratic."""
-    lr = 1.0 if name in OWN_RATE else lr
-    optimizer = EVERY[name](lr)
-    return optimizer, rj.dynamics(optimizer, quadratic)
+def build(name, on="quadratic"):
+    """The optimizer, and its dynamics on one of the losses."""
+    optimizer = EVERY[name](1.0 if name in OWN_RATE else 0.05)
+    return optimizer, rj.dynamics(optimizer, LOSSES[on][0])
 
 
-def plain_loop(name, steps):
+def plain_loop(name, steps, on="quadratic"):
     """Every iterate of a loop as Optax's documentation writes it."""
     optimizer, _ = build(name)
+    loss, start = LOSSES[on]
     update = optax.with_extra_args_support(optimizer).update
 
     @jax.jit
     def step(params, state):
-        value, grad = jax.value_and_grad(quadratic)(params)
-        extra = {"value": value, "grad": grad, "value_fn": quadratic}
+        value, grad = jax.value_and_grad(loss)(params)
+        extra = {"value": value, "grad": grad, "value_fn": loss}
         extra = {} if name in TAKES_NO_MORE else extra
         updates, state = update(grad, state, params, **extra)
         return optax.apply_updates(params, updates), state
 
-    params, state = START, optimizer.init(START)
+    params, state = start, optimizer.init(start)
     path = [params]
     for _ in range(steps):
         params, state = step(params, state)
@@ -223,10 +244,10 @@ def threshold_of(dynamics):
         return first_line(error)
 
 
-def carried(flow):
+def carried(flow, start=START):
     """`None`, or why the flow refuses the optimizer."""
     try:
-        jax.eval_shape(partial(flow.init, lr=None, key=jax.random.key(0)), START)
+        jax.eval_shape(partial(flow.init, lr=None, key=jax.random.key(0)), start)
     except ValueError as error:
         return first_line(error)
     return None

@@ -1,5 +1,7 @@
 """Every optimizer of Optax against a plain loop and the Jacobian of its own step."""
 
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import chex
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from every_optimizer import (
     EVERY,
+    LOSSES,
     START,
     build,
     carried,
@@ -18,29 +21,73 @@ from every_optimizer import (
 )
 
 import rodjax as rj
+from rodjax.optimizer import first_edge
 
 # One of each kind; the others are slow.
-QUICK = {"MultiSteps", "multi_transform", "two traces"}
-every = pytest.mark.parametrize(
-    "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in EVERY],
-)
+QUICK = {
+    "quadratic": {"MultiSteps", "multi_transform", "two traces"},
+    "net": {"masked"},
+}
+
+
+def slow_but(on):
+    return [
+        name if name in QUICK[on] else pytest.param(name, marks=pytest.mark.slow)
+        for name in EVERY
+    ]
+
+
+every = pytest.mark.parametrize("name", slow_but("quadratic"))
 # Its preconditioner, the deviation from the mean gradient, nearly vanishes in between.
 LEAVES = {"acprop", "adopt"}
+# Who loses stability first to an oscillation of another period than two.
+OTHER_PERIODS = {"two traces": 6.0}
 PAGE = Path(__file__).parent.parent / "docs" / "optimizers.md"
 
 
-@every
-def test_a_run_is_the_optax_loop(name):
-    _, dynamics = build(name)
-    run = rj.descend(dynamics, START, 9)
+def check_loop(name, on):
+    """A run, which is the Optax loop to rounding."""
+    _, dynamics = build(name, on)
+    run = rj.descend(dynamics, LOSSES[on][1], 9)
     assert np.isinf(run.diverged_at)
     chex.assert_tree_all_finite((run.params, run.ends, run.metrics))
-    loop = plain_loop(name, 10)
-    for key, ends in run.ends.items():
-        iterates = np.concatenate([ends[:, 0], ends[-1:, 1]])
-        # Optax reads integer counts in single precision.
-        np.testing.assert_allclose(iterates, loop[key], rtol=1e-7, atol=1e-8)
+    # All of them; and Optax reads integer counts in single precision.
+    iterates = jax.tree.map(lambda x: np.concatenate([x[:, 0], x[-1:, 1]]), run.ends)
+    loop = plain_loop(name, 10, on)
+    chex.assert_trees_all_close(iterates, loop, rtol=1e-7, atol=1e-8)
+    return run
+
+
+def check_flows(name, on, run):
+    """They run, or say why not, or warn that they will not do for long."""
+    _, dynamics = build(name, on)
+    for build_flow in (rj.flows.stable, rj.flows.modulated):
+        flow = build_flow(dynamics)
+        warned = name in OTHER_PERIODS and build_flow is rj.flows.modulated
+        with pytest.warns(rj.flows.PeriodWarning) if warned else nullcontext():
+            why = carried(flow, LOSSES[on][1])
+        if why is not None:
+            assert why.startswith("no flow can carry this optimizer: ")
+            continue
+        with warnings.catch_warnings():
+            if warned:
+                warnings.simplefilter("ignore", rj.flows.PeriodWarning)
+            path = rj.integrate(flow, LOSSES[on][1], 9)
+        if name in LEAVES and np.isfinite(path.diverged_at):
+            continue
+        assert np.isinf(path.diverged_at)
+        chex.assert_tree_all_finite((path.params, path.metrics, path.final))
+        assert float(rj.compare(run, path).distance[-1]) < 0.4
+
+
+@every
+def test_a_run_is_the_optax_loop_and_flows_run_or_say_why_not(name):
+    check_flows(name, "quadratic", check_loop(name, "quadratic"))
+
+
+@pytest.mark.parametrize("name", slow_but("net"))
+def test_likewise_on_a_small_net(name):
+    check_flows(name, "net", check_loop(name, "net"))
 
 
 @every
@@ -56,23 +103,11 @@ def test_the_threshold_is_where_its_own_step_becomes_unstable(name):
         ratios = np.concatenate([np.geomspace(1e-4, 0.999, 30), [1.001]])
         spectral = radii(name, edge * ratios)
         assert spectral[:-1].max() < 1 + 1e-9 < spectral[-1]
-
-
-@every
-def test_flows_run_or_say_why_not(name):
-    _, dynamics = build(name)
-    run = rj.descend(dynamics, START, 9)
-    for flow in (rj.flows.stable(dynamics), rj.flows.modulated(dynamics)):
-        why = carried(flow)
-        if why is not None:
-            assert why.startswith("no flow can carry this optimizer: ")
-            continue
-        path = rj.integrate(flow, START, 9)
-        if name in LEAVES and np.isfinite(path.diverged_at):
-            continue
-        assert np.isinf(path.diverged_at)
-        chex.assert_tree_all_finite((path.params, path.metrics, path.final))
-        assert float(rj.compare(run, path).distance[-1]) < 0.4
+        # Which flows know without any of this, if at all.
+        angle = dynamics.angle(START)
+        truth = first_edge(dynamics, START).angle
+        assert angle is None or np.isclose(angle, truth, rtol=1e-5)
+        assert (name in OTHER_PERIODS) == (float(truth) < 3.14)
 
 
 @every

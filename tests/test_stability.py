@@ -10,15 +10,8 @@ import pytest
 import scipy.linalg
 
 import rodjax as rj
-from rodjax.optimizer import (
-    alternating_multiplier,
-    first_edge,
-    has_momentum,
-    inverse_preconditioner,
-    linearize,
-    unit_preconditioner,
-)
-from rodjax.optimizer._stability import LATE
+from rodjax.optimizer import inverse_preconditioner, unit_preconditioner
+from rodjax.optimizer._state import LATE
 
 EPS = 1e-8
 DECAY = 0.3
@@ -278,98 +271,6 @@ def test_sharpness_ratio_is_the_generalized_eigenvalue(optimizer):
     # The eigenvector, taken to the parameters, solves H v = ratio D v.
     v = pair.vector / jnp.sqrt(edges)
     np.testing.assert_allclose(hessian @ v, pair.value * edges * v, atol=1e-9)
-
-
-def test_linear_map_of_momentum():
-    lr, b, curvature = 0.1, 0.9, 7.0
-    dynamics = rj.dynamics(optax.sgd(lr, momentum=b), bowl)
-    linear = linearize(dynamics, dynamics.init(PARAMS))
-    # m' = b m + l w and w' = w - eta m'.
-    truth = np.array([[1 - lr * curvature, -lr * b], [curvature, b]])
-    maps = linear.at(optax.tree.full_like(PARAMS, curvature))
-    for name, shape in {"w": (1, 2), "b": ()}.items():
-        assert maps[name].shape == (*shape, 2, 2)
-        np.testing.assert_allclose(
-            maps[name], np.broadcast_to(truth, (*shape, 2, 2)), rtol=1e-14
-        )
-
-
-@pytest.mark.parametrize(
-    ("name", "ratio", "modulus"),
-    [
-        ("sgd", 0.5, 0.0),
-        ("sgd", 0.75, 0.5),
-        ("sgd", 1.0, 1.0),
-        ("heavy ball", 0.5, 0.9**0.5),
-        ("heavy ball", 0.9, 0.9**0.5),
-        ("heavy ball", 1.0, 1.0),
-        ("averaged momentum", 0.5, 0.9**0.5),
-        ("momentum twice", 1.0, 1.0),
-    ],
-)
-def test_alternating_multiplier(name, ratio, modulus):
-    dynamics = rj.dynamics(EXACT[name][0](0.1, 0.9), bowl)
-    state = dynamics.init(PARAMS)
-    mu = alternating_multiplier(dynamics, state, ratio)
-    np.testing.assert_allclose(jnp.abs(mu), modulus, atol=1e-12)
-    if ratio == 1.0:
-        np.testing.assert_allclose(mu, -1.0, atol=1e-12)
-
-
-def eigenvalues(name, curvature):
-    """Of one step of two filters in a row on l/2 w^2, as Optax has them; by hand."""
-    first, second = FILTERS[name]
-    m = np.array([curvature, first, 0.0])
-    v = m + np.array([0.0, 0.0, second])
-    w = np.array([1.0, 0.0, 0.0]) - v
-    return np.linalg.eigvals(np.stack([w, m, v]))
-
-
-FILTERS = {
-    "(0.5, 0.5)": (0.5, 0.5),
-    "(0.4, 0.7)": (0.4, 0.7),
-    "(0.7, 0.85)": (0.7, 0.85),
-}
-
-
-@pytest.mark.parametrize("name", FILTERS)
-def test_two_filters_in_a_row_lose_stability_at_another_angle(name):
-    a, b = FILTERS[name]
-    dynamics = rj.dynamics(
-        optax.chain(optax.trace(a), optax.trace(b), optax.sgd(1.0)), bowl
-    )
-    edge = first_edge(dynamics, PARAMS)
-    below, above = (
-        eigenvalues(name, ratio * edge.curvature) for ratio in (0.999, 1.001)
-    )
-    assert np.abs(below).max() < 1 < np.abs(above).max()
-    top = above[np.argmax(np.abs(above))]
-    np.testing.assert_allclose(np.abs(np.angle(top)), edge.angle, rtol=1e-2)
-    assert float(edge.angle) < 2.0
-    # Published gains of filters of unit gain at rest (Lee, Lee, arXiv 2608.18415).
-    known = {"(0.4, 0.7)": (2.571, 0.263), "(0.7, 0.85)": (0.681, 0.088)}
-    if name in known:
-        gain = edge.curvature / ((1 - a) * (1 - b))
-        np.testing.assert_allclose((gain, edge.angle / np.pi), known[name], atol=6e-4)
-
-
-@pytest.mark.parametrize("count", [3, 4])
-def test_a_longer_chain_of_filters_by_its_own_eigenvalues(count):
-    """Beyond three slots the angle is looked for on a grid."""
-    filters = [optax.trace(b) for b in (0.3, 0.5, 0.6, 0.2)[:count]]
-    dynamics = rj.dynamics(optax.chain(*filters, optax.sgd(1.0)), bowl)
-    edge = first_edge(dynamics, PARAMS)
-    linear = linearize(dynamics, dynamics.init(PARAMS))
-    for ratio, stable in ((0.5, True), (0.999, True), (1.001, False)):
-        at = linear.at(optax.tree.full_like(PARAMS, ratio * edge.curvature))
-        radius = np.abs(np.linalg.eigvals(at["b"])).max()
-        assert (radius < 1) == stable
-
-
-def test_has_momentum():
-    for name, truth in {"sgd": False, "heavy ball": True, "schedule": False}.items():
-        state = rj.dynamics(EXACT[name][0](0.1, 0.9), bowl).init(PARAMS)
-        assert has_momentum(state) is truth
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

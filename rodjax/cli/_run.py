@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from rodjax.cli import _names as choices
 from rodjax.cli import _shared as shared
 from rodjax.cli._progress import Bar
 from rodjax.cli._shared import cell, number
+from rodjax.flows import PeriodWarning
 from rodjax.optimizer import dynamics as make_dynamics
 from rodjax.optimizer import warm_up
 from rodjax.problems import Problem
@@ -73,6 +75,8 @@ def run(
             choices.optimizer(optimizer, hyperparameters), chosen.loss
         )
         edge, remark, exists = shared.edge(dynamics, chosen, lr)
+        # Which the remark says.
+        warnings.simplefilter("ignore", PeriodWarning)
         names = shared.flow_names(flows)
         models = shared.build_flows(names, dynamics, chosen, rank=rank)
         # Traced here, so that what cannot work is refused before anything runs.

@@ -26,7 +26,12 @@ from rodjax.flows._principal import PrincipalState, TopState, principal
 from rodjax.flows._registry import REGISTRY, Record, table
 from rodjax.flows._ringing import Ringing, ringing
 from rodjax.flows._rod import RodState, rod
-from rodjax.flows._scope import gradient_descent_start, preconditioned_start
+from rodjax.flows._scope import (
+    PeriodWarning,
+    gradient_descent_start,
+    preconditioned_start,
+    warn_of_period,
+)
 from rodjax.flows._stable import stable
 from rodjax.flows._third_order import third_order
 
@@ -38,6 +43,7 @@ __all__ = [
     "Floor",
     "Flow",
     "ModulatedState",
+    "PeriodWarning",
     "PrincipalState",
     "Record",
     "Ringing",
@@ -64,4 +70,5 @@ __all__ = [
     "stack",
     "table",
     "third_order",
+    "warn_of_period",
 ]

@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.flows._flow import Floor, Flow, centre_of, floor_size, shift, stack
+from rodjax.flows._scope import warn_of_period
 from rodjax.optimizer import Dynamics, State, Window, alternating
 
 
@@ -51,7 +52,7 @@ def edge(dynamics: Dynamics, *, floor: Floor = None) -> Flow:
     **Starting points.** u and r are the alternating part of a window and its size; from
     scratch a random direction and the floor.
 
-    **Raises** `ValueError` if `floor` is negative.
+    **Raises** `ValueError` if `floor` is negative. Warns as `modulated` does.
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
@@ -91,6 +92,7 @@ def edge(dynamics: Dynamics, *, floor: Floor = None) -> Flow:
 
     def init(start: PyTree | Window, *, lr: PyTree, key: Array) -> EdgeState:
         mean = centre_of(dynamics, start, lr=lr)
+        warn_of_period(dynamics, mean.params, "the edge flow", lr=lr)
         apart = (
             alternating(start).phase
             if isinstance(start, Window)

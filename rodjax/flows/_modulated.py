@@ -17,6 +17,7 @@ from rodjax.flows._flow import (
     stack,
 )
 from rodjax.flows._ringing import ringing
+from rodjax.flows._scope import warn_of_period
 from rodjax.linalg import length
 from rodjax.optimizer import Dynamics, State, Window, alternating
 
@@ -77,7 +78,10 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, floor: Floor = None) -> F
     **Starting points.** From scratch: c = w0 and delta a random vector of the floor's
     size. From a window: c its second-order midpoint, delta its alternating part.
 
-    **Raises** `ValueError` if `floor` is negative.
+    **Raises** `ValueError` if `floor` is negative. Warns from `init`, by
+    `rodjax.flows.PeriodWarning`, of an optimizer that first loses stability to an
+    oscillation of another period, as two filters of the gradient in a row do; says
+    nothing of one whose `lr` is several hyperparameters, which may decide on it.
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
@@ -134,6 +138,7 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, floor: Floor = None) -> F
             mean = centre_of(dynamics, start, lr=lr)
             delta = optax.tree.zeros_like(mean.phase)
             memory = log_decay = jnp.zeros_like(roundoff(mean.params, lr))
+        warn_of_period(dynamics, mean.params, "the modulated flow", lr=lr)
         # Any delta at all needs a direction to be pushed along.
         noise = optax.tree.random_like(key, mean.params)
         size = roundoff(mean.params, lr) / optax.tree.norm(noise)

@@ -22,6 +22,8 @@ from rodjax.optimizer import (
 # Where between rest and threshold the decay is read: half way, where an optimizer
 # without momentum has none left.
 HALF_WAY = 0.5
+# The rate of what is gone in a step: that at which a delta of its own is damped.
+GONE = -2.0
 
 
 class Ringing(NamedTuple):
@@ -70,7 +72,7 @@ def ringing(dynamics: Dynamics, window: Window, *, lr: PyTree = None) -> Ringing
     state = midpoint(window)
     dtype = jnp.result_type(*jax.tree.leaves(state.params))
     if not has_momentum(state):
-        return Ringing(jnp.zeros((), dtype), jnp.asarray(-2.0, dtype))
+        return Ringing(jnp.zeros((), dtype), jnp.asarray(GONE, dtype))
 
     fourth = length(alternating(window, 4).params)
     sixth = length(alternating(window, 6).params)
@@ -99,7 +101,9 @@ def ringing(dynamics: Dynamics, window: Window, *, lr: PyTree = None) -> Ringing
     # Where the linear map does not exist there is nothing to remember by.
     known = jnp.isfinite(amplitude) & (decay > 0)
     amplitude = jnp.where(known, amplitude, 0.0)
-    log_decay = jnp.where(known, jnp.log(jnp.where(known, decay, 1.0)), -2.0)
+    # No faster, lest a solver of a few substeps becomes unstable.
+    rate = jnp.maximum(jnp.log(jnp.where(known, decay, 1.0)), GONE)
+    log_decay = jnp.where(known, rate, GONE)
     return Ringing(jnp.astype(amplitude, dtype), jnp.astype(log_decay, dtype))
 
 

@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.flows._flow import Flow, half_step_back, shift, stack
+from rodjax.flows._scope import warn_of_period
 from rodjax.linalg import cubature, flatten, tangent, unflatten
 from rodjax.optimizer import (
     Dynamics,
@@ -74,7 +75,8 @@ def rod(
     **Raises** `ValueError` if `rank` is below 1, and from `init` if it exceeds the
     number of entries of the phase, or is above 1 for an optimizer with momentum: its
     map is not normal, and the projected bundle blows up on it;
-    `rodjax.flows.modulated` is the flow for several unstable directions there.
+    `rodjax.flows.modulated` is the flow for several unstable directions there. Warns
+    as `modulated` does.
 
     The centre models the half-step midpoint, at t + 1/2.
 
@@ -135,6 +137,7 @@ def rod(
                 "rods is unstable on its non-normal update map. Use "
                 "rodjax.flows.modulated, which follows several directions, or rank=1"
             )
+        warn_of_period(dynamics, mean.params, "the rod flow", lr=lr)
         size = optax.tree.size(mean.phase)
         if rank > size:
             raise ValueError(f"rank={rank} exceeds the {size} entries of the phase")

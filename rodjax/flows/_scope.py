@@ -1,5 +1,7 @@
 """Which optimizers a flow serves: those written for gradient descent, and near kin."""
 
+import math
+import warnings
 from typing import Any
 
 import jax
@@ -20,6 +22,44 @@ from rodjax.optimizer import (
 
 # A hyperparameter to try an optimizer with, whatever it is: lr, decay or epsilon.
 NOMINAL = 0.1
+
+
+class PeriodWarning(UserWarning):
+    """The optimizer first loses stability to an oscillation of another period than two.
+
+    Silence it by `warnings.simplefilter("ignore", rodjax.flows.PeriodWarning)`.
+    """
+
+
+def warn_of_period(
+    dynamics: Dynamics, params: PyTree, flow: str, *, lr: PyTree
+) -> None:
+    """Warn, by `PeriodWarning`, where `flow` models another oscillation than comes.
+
+    Under tracing too, where what `dynamics.angle` says follows from shapes; no word of
+    an optimizer whose angle it does not know.
+
+    ```python
+    >>> import warnings, jax.numpy as jnp, optax, rodjax as rj
+    >>> filters = optax.chain(optax.trace(0.5), optax.trace(0.5), optax.sgd(0.05))
+    >>> twice = rj.dynamics(filters, lambda w: jnp.sum(w**2))
+    >>> with warnings.catch_warnings(record=True, action="always") as told:
+    ...     rj.flows.warn_of_period(twice, jnp.ones(3), "my flow", lr=None)
+    >>> str(told[0].message)[:73]
+    'this optimizer first loses stability to an oscillation of period 6 (angle'
+
+    ```
+    """
+    angle = dynamics.angle(params, lr=lr)
+    if angle is not None and angle != math.pi:
+        warnings.warn(
+            "this optimizer first loses stability to an oscillation of period "
+            f"{2 * math.pi / angle:.3g} (angle {angle:.3g} a step), and {flow} models "
+            "only one of period two: it follows the run below rodjax.threshold, and "
+            "not at the edge of stability",
+            PeriodWarning,
+            stacklevel=3,
+        )
 
 
 def gradient_descent_start(

@@ -9,6 +9,7 @@ import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Float, PyTree
 
+from rodjax.optimizer._angle import angle_of
 from rodjax.optimizer._split import PARTS, Kind, OptimizerFactory, split_of
 from rodjax.optimizer._state import State, as_optax, in_floats, merge, split_like
 from rodjax.optimizer._trial import update_with
@@ -40,6 +41,12 @@ class FluidFn(Protocol):
     def __call__(self, state: State, *, lr: PyTree = None) -> State: ...
 
 
+class AngleFn(Protocol):
+    """`angle(params, *, lr) -> float | None`."""
+
+    def __call__(self, params: PyTree, *, lr: PyTree = None) -> float | None: ...
+
+
 class CastFn(Protocol):
     """`cast(params, *, lr) -> lr`."""
 
@@ -59,6 +66,9 @@ class Dynamics(NamedTuple):
       loss itself (Polyak's), or moves only every so many steps.
     - `fluid(state, *, lr) -> State`: the state in floats, as a flow carries it. Raises
       `ValueError` in words where no flow can carry the state of this optimizer.
+    - `angle(params, *, lr)`: the angle at which stability is first lost, pi for an
+      oscillation of period two, as a number under tracing too; `None` where shapes do
+      not tell (no threshold, or an `lr` of several hyperparameters).
     - `loss(params)`: the scalar loss.
     - `cast(params, *, lr)`: `lr` as arrays of the parameters' dtype, checked.
 
@@ -71,6 +81,7 @@ class Dynamics(NamedTuple):
     increment: StepFn
     respond: RespondFn
     fluid: FluidFn
+    angle: AngleFn
     loss: Loss
     cast: CastFn
 
@@ -189,7 +200,10 @@ def dynamics(
             raise ValueError(f"no flow can carry this optimizer: {refusal}")
         return in_floats(state)
 
-    return Dynamics(init, update, increment, respond, fluid, loss, cast)
+    def angle(params: PyTree, *, lr: PyTree = None) -> float | None:
+        return angle_of(factory, params, lr, kind)
+
+    return Dynamics(init, update, increment, respond, fluid, angle, loss, cast)
 
 
 def _float_dtype(params: PyTree) -> jnp.dtype:

@@ -43,25 +43,21 @@ def split_of(
     factory: OptimizerFactory, params: PyTree, lr: PyTree, kind: Kind | None
 ) -> Split:
     """How the state of `factory(lr)` divides on such parameters; of shapes alone."""
-    return _split(Same((factory, kind)), _shapes(params), _shapes(lr))
+    return _split(Same((factory, kind)), shapes_of(params), shapes_of(lr))
 
 
 @functools.lru_cache(maxsize=512)
 def _split(same: Same, params: Shapes, lr: Shapes) -> Split:
     factory, kind = same.thing
     shapes = jax.eval_shape(
-        lambda p, lr: (p, factory(lr).init(p)), _tree(params), _tree(lr)
+        lambda p, lr: (p, factory(lr).init(p)), tree_of(params), tree_of(lr)
     )
     leaves = tree_leaves_with_path(shapes)
     count = len(params[1])
     # On numbers, since what is traced cannot be looked into.
     with jax.ensure_compile_time_eval(), jax.debug_nans(False):
-        rates = _filled(_tree(lr), NOMINAL)
         try:
-            trial = Trial(factory(rates), _filled(_small(_tree(params)), 0.0))
-            if not _alike(trial.start, shapes):
-                trial = Trial(factory(rates), _filled(_tree(params), 0.0))
-            kinds, opaque = trial.kinds(count), trial.opaque(count)
+            kinds, opaque = trial_of(factory, params, lr).look(count)
         except Exception as error:
             # Its own run will say so, if it does not know better there.
             said = str(error).strip().splitlines()[0]
@@ -86,8 +82,18 @@ def _split(same: Same, params: Shapes, lr: Shapes) -> Split:
             reasons.append(f"its update of params{keystr(path[1:])} {reason}")
     dtypes = tuple(leaf.dtype for _, leaf in leaves)
     if not reasons and "clock" in parts:
-        reasons += _fraction(factory, _tree(params), _tree(lr), tuple(parts))
+        reasons += _fraction(factory, tree_of(params), tree_of(lr), tuple(parts))
     return Split(tuple(parts), dtypes, reasons[0] if reasons else None, opaque)
+
+
+def trial_of(factory: OptimizerFactory, params: Shapes, lr: Shapes) -> Trial:
+    """A trial on numbers: of parameters at zero, with short axes if they serve."""
+    full, rates = tree_of(params), _filled(tree_of(lr), NOMINAL)
+    trial = Trial(factory(rates), _filled(_small(full), 0.0))
+    whole = jax.eval_shape(lambda p, lr: (p, factory(lr).init(p)), full, tree_of(lr))
+    if _alike(trial.start, whole):
+        return trial
+    return Trial(factory(rates), _filled(full, 0.0))
 
 
 def _fraction(
@@ -116,13 +122,13 @@ def _fraction(
     return []
 
 
-def _shapes(tree: PyTree) -> Shapes:
+def shapes_of(tree: PyTree) -> Shapes:
     leaves, structure = jax.tree.flatten(tree)
     of = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
     return structure, tuple(map(of, leaves))
 
 
-def _tree(shapes: Shapes) -> PyTree:
+def tree_of(shapes: Shapes) -> PyTree:
     return jax.tree.unflatten(*shapes)
 
 

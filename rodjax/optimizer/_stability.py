@@ -12,11 +12,12 @@ from rodjax.optimizer._crossing import crossing
 from rodjax.optimizer._dynamics import Dynamics
 from rodjax.optimizer._linear import LinearMap, at_rest, linear_of, linearize, mixing
 from rodjax.optimizer._same import compiled
-from rodjax.optimizer._state import State
+from rodjax.optimizer._state import LATE, State
 
-# A step count at which bias corrections have died out; and steps without a gradient
-# from there on, in which whatever else averages over time has settled.
-LATE, SETTLED = 10**8, 10_000
+# Steps without a gradient in which whatever averages over time has settled.
+SETTLED = 10_000
+# Of the largest eigenvalue: what is smaller is gone in a step.
+RESIDUE = 1e-2
 # Of the update that other coordinates may have a part in.
 APART = 1e-3
 
@@ -166,8 +167,8 @@ def first_edge(dynamics: Dynamics, params: PyTree, *, lr: PyTree = None) -> Edge
     """`threshold`, and the angle at which stability is lost there; each [].
 
     An angle other than pi is an oscillation of another period than two, 2 pi / angle,
-    which the flows that oscillate (rod, modulated, edge, central, covariance) do not
-    model.
+    which the flows that oscillate do not model: rod, modulated and edge warn of it
+    (`rodjax.flows.PeriodWarning`), central and covariance serve no such optimizer.
 
     **Raises** `ValueError` as `threshold` does.
 
@@ -255,7 +256,11 @@ def alternating_multiplier(
     first = maps.reshape(-1, *maps.shape[-2:])[0]
     if first.shape[-1] > 2:
         values = jnp.linalg.eigvals(first)
-        return values[jnp.argmin(jnp.real(values) / jnp.abs(values))]
+        sizes = jnp.abs(values)
+        # A slot that holds the last gradient alone has eigenvalues that are rounding.
+        lasting = sizes > RESIDUE * jnp.max(sizes)
+        cosines = jnp.real(values) / jnp.where(lasting, sizes, 1.0)
+        return values[jnp.argmin(jnp.where(lasting, cosines, jnp.inf))]
     # In closed form where possible: TPUs have no nonsymmetric eigensolver.
     half, det = 0.5 * jnp.trace(first), jnp.linalg.det(first)
     if first.shape[-1] == 1:

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, PyTree
 
+#: A step count at which bias corrections have died out.
+LATE = 10**8
+
 
 class State(NamedTuple):
     """The whole state of an optimizer, in four parts of one tree structure.

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,17 @@ def update_with(
     return optimizer.update(grad, state, params, **extra)
 
 
+class Findings(NamedTuple):
+    """What a trial has found out.
+
+    - `kinds`: of each leaf its part, and why a flow cannot carry it, if so.
+    - `opaque`: why a gradient alone does not tell what the next step is, if so.
+    """
+
+    kinds: list[tuple[str, str | None]]
+    opaque: str | None
+
+
 class Trial:
     """A few steps of an optimizer from rest, with made-up gradients."""
 
@@ -42,8 +53,6 @@ class Trial:
         self.optimizer = optimizer
         self.params = params
         self.compiled_step = jax.jit(self.step)
-        self.period: int | None = None
-        self.turns = False
         self.start = jax.tree.map(jnp.asarray, (params, self.optimizer.init(params)))
 
     def step(self, whole: PyTree, grad: PyTree, value: float = 1.0) -> PyTree:
@@ -59,20 +68,6 @@ class Trial:
         """Whether a step has loops or branches, which even by itself compile."""
         names = str(jax.make_jaxpr(self.step)(self.start, self.params))
         return any(f" {name}[" in names for name in ("while", "scan", "cond"))
-
-    def opaque(self, count: int) -> str | None:
-        """Why a gradient alone does not tell what the next step is, if so."""
-        if self.period:
-            return f"moves some parameters only every {self.period} steps"
-        if self.turns:
-            return "takes different steps in turn"
-        (grad,) = self.gradients(0, 1)
-        # So small that a cap on a step from the loss does not hide it.
-        one, other = (_numbers(self.step(self.start, grad, v)) for v in (1e-3, 2e-3))
-        pairs = zip(one[:count], other[:count], strict=True)
-        if all(np.allclose(x, y, rtol=APART, atol=0) for x, y in pairs):
-            return None
-        return "depends on the value of the loss and not on its gradient alone"
 
     def run(self, gradients: list[PyTree]) -> Trail:
         """The numbers of the state after every step."""
@@ -90,8 +85,8 @@ class Trial:
         draw = lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype)
         return [jax.tree.map(draw, self.params) for _ in range(steps)]
 
-    def kinds(self, count: int) -> list[tuple[str, str | None]]:
-        """Of each leaf its part, and why a flow cannot carry it, if so."""
+    def look(self, count: int) -> Findings:
+        """What is found out about a state whose first `count` leaves are parameters."""
         gradients = self.gradients(0)
         opposite = [jax.tree.map(jnp.negative, g) for g in gradients]
         trails = [self.run(g) for g in (gradients, opposite, self.gradients(1))]
@@ -106,27 +101,41 @@ class Trial:
                 start, jax.tree.leaves(self.start), columns, strict=True
             )
         ]
-        leaves = jax.tree.leaves(self.start)
+        leaves, turns = jax.tree.leaves(self.start), False
         for leaf, (part, _), (plus, *_) in zip(leaves, kinds, columns, strict=True):
             whole = jnp.issubdtype(leaf.dtype, jnp.integer)
-            self.turns |= part == "rest" and whole and np.any(plus[-1] != plus[-2])
+            turns |= part == "rest" and whole and bool(np.any(plus[-1] != plus[-2]))
         pairs = zip(columns, start, strict=True)
         moves = [np.diff(c[0], axis=0, prepend=z[None]) for c, z in pairs]
         still = [
             bool(m[0].size) and not all(np.any(step) for step in m)
             for m in moves[:count]
         ]
+        period = None
         if any(still):
             steps = LONGEST if all(still) else LONGER
-            self.period = _period(start, self.run(self.gradients(0, steps)), count)
-            if self.period:
-                kinds[0] = (
-                    "phase",
-                    f"leaves out up to {self.period - 1} steps in a row, and a flow "
-                    "models every step by itself: where gradients are accumulated, "
-                    "give the optimizer inside, for on a full batch they are one",
-                )
-        return kinds
+            period = _period(start, self.run(self.gradients(0, steps)), count)
+        if period:
+            kinds[0] = (
+                "phase",
+                f"leaves out up to {period - 1} steps in a row, and a flow models "
+                "every step by itself: where gradients are accumulated, give the "
+                "optimizer inside, for on a full batch they are one",
+            )
+            return Findings(kinds, f"moves some parameters only every {period} steps")
+        if turns:
+            return Findings(kinds, "takes different steps in turn")
+        return Findings(kinds, self.opaque(count))
+
+    def opaque(self, count: int) -> str | None:
+        """Why one step follows from more than its gradient, if it does."""
+        (grad,) = self.gradients(0, 1)
+        # So small that a cap on a step from the loss does not hide it.
+        one, other = (_numbers(self.step(self.start, grad, v)) for v in (1e-3, 2e-3))
+        pairs = zip(one[:count], other[:count], strict=True)
+        if all(np.allclose(x, y, rtol=APART, atol=0) for x, y in pairs):
+            return None
+        return "depends on the value of the loss and not on its gradient alone"
 
 
 def _kind(
