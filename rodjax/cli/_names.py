@@ -181,9 +181,18 @@ def optimizer_family(
     return family
 
 
-def setting(
-    text: str, flag: str = "--set", example: str = "b2=0.99"
-) -> tuple[str, Any]:
+def hyperparameter(text: str) -> tuple[str, Any]:
+    """Parse NAME=VALUE of --set: a number, True, False, None, or the name of a type."""
+    name, value = setting(text, "--set", "b2=0.99")
+    if isinstance(value, str) and not name.endswith("dtype"):
+        raise ValueError(
+            f"--set {text}: {value!r} is no number, nor True, False or None (one "
+            "NAME=VALUE to each --set)"
+        )
+    return name, value
+
+
+def setting(text: str, flag: str, example: str) -> tuple[str, Any]:
     """Parse NAME=VALUE, the value a Python literal or else a string."""
     name, equals, value = text.partition("=")
     if not (name.isidentifier() and equals and value):
@@ -191,11 +200,6 @@ def setting(
     try:
         return name, ast.literal_eval(value.capitalize() if value.isalpha() else value)
     except (ValueError, SyntaxError):
-        if flag == "--set" and not name.endswith("dtype"):
-            raise ValueError(
-                f"{flag} {text}: {value!r} is no number, nor True, False or None (one "
-                f"NAME=VALUE to each {flag})"
-            ) from None
         return name, value
 
 

@@ -69,7 +69,7 @@ def run(
         if not (lr > 0 and math.isfinite(lr)):
             raise ValueError(f"--lr {lr}: it must be positive and finite")
         shared.check_steps(warmup, steps, every, substeps)
-        hyperparameters = dict(map(choices.setting, settings or []))
+        hyperparameters = dict(map(choices.hyperparameter, settings or []))
         chosen = shared.problem(problem, dtype, problem_settings)
         dynamics = make_dynamics(
             choices.optimizer(optimizer, hyperparameters), chosen.loss

@@ -92,7 +92,7 @@ def sweep(
             jax.distributed.initialize()
         else:
             _use_cores(points.lanes)
-        hyperparameters = dict(map(choices.setting, settings or []))
+        hyperparameters = dict(map(choices.hyperparameter, settings or []))
         chosen = shared.problem(problem, dtype, problem_settings)
         if SEED in points.values and chosen.draw is None:
             raise ValueError(
