@@ -1,166 +1,24 @@
-"""Every public optimizer of Optax, wrappers and chains, and what is made of them.
+"""What is made of every optimizer of Optax: splits, thresholds, refusals, orders.
 
 `python tests/every_optimizer.py` prints the table of the documentation anew.
 """
 
+import inspect
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from helpers import apart, heun, order
 from jax.tree_util import GetAttrKey, tree_leaves_with_path
-from optax import contrib
+from optimizers import EVERY, LOSSES, OWN_RATE, START, TAKES_NO_MORE, quadratic
 
 import rodjax as rj
-from rodjax.optimizer import merge, split_like, unit_preconditioner
+from rodjax.optimizer import merge, slide, split_like, unit_preconditioner
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-CURVATURES = jnp.array([3.0, 1.0])
-START = {"a": jnp.array([1.0, -0.7]), "b": jnp.array([0.4])}
-
-
-def quadratic(w):
-    return 0.5 * jnp.sum(CURVATURES * w["a"] ** 2) + 0.5 * jnp.sum(w["b"] ** 2)
-
-
-def drawn(seed, *shape):
-    return 0.5 * jax.random.normal(jax.random.key(seed), shape)
-
-
-INPUTS, TARGETS = 2 * drawn(0, 12, 3), drawn(1, 12, 2)
-LAYERS = {
-    "a": {"kernel": drawn(2, 3, 5), "bias": drawn(3, 5)},
-    "b": {"kernel": drawn(4, 5, 2), "bias": drawn(5, 2)},
-}
-
-
-def net(w):
-    hidden = jnp.tanh(INPUTS @ w["a"]["kernel"] + w["a"]["bias"][None])
-    out = hidden @ w["b"]["kernel"] + w["b"]["bias"][None]
-    return 0.5 * jnp.mean(jnp.sum((out - TARGETS) ** 2, 1))
-
-
-#: Of known spectrum, and not: the loss and where it is started from.
-LOSSES = {"quadratic": (quadratic, START), "net": (net, LAYERS)}
-
-
-def table_schedule(lr):
-    return lambda count: jnp.linspace(1.0, 0.5, 200)[count] * lr
-
-
-def labelled(lr):
-    ball = optax.sgd(lr, momentum=0.9)
-    adam = optax.adam(lr)
-    return optax.multi_transform({"x": ball, "y": adam}, {"a": "x", "b": "y"})
-
-
-#: Learning rate -> each public optimizer of Optax.
-PUBLIC = {
-    name: getattr(optax, name)
-    for name in [
-        "adabelief",
-        "adadelta",
-        "adafactor",
-        "adagrad",
-        "adam",
-        "adamax",
-        "adamaxw",
-        "adamw",
-        "adan",
-        "amsgrad",
-        "fromage",
-        "lamb",
-        "lars",
-        "lbfgs",
-        "lion",
-        "nadam",
-        "nadamw",
-        "novograd",
-        "optimistic_adam_v2",
-        "optimistic_gradient_descent",
-        "polyak_sgd",
-        "radam",
-        "rmsprop",
-        "rprop",
-        "sgd",
-        "sign_sgd",
-        "signum",
-        "sm3",
-        "yogi",
-    ]
-    if hasattr(optax, name)
-} | {"noisy_sgd": partial(optax.noisy_sgd, key=jax.random.key(0))}
-#: And of `optax.contrib`.
-CONTRIB = {
-    name: getattr(contrib, name)
-    for name in [
-        "acprop",
-        "ademamix",
-        "adopt",
-        "cocob",
-        "dadapt_adamw",
-        "dog",
-        "dowg",
-        "madgrad",
-        "momo",
-        "momo_adam",
-        "muon",
-        "prodigy",
-        "schedule_free_adamw",
-        "schedule_free_sgd",
-        "simplified_ademamix",
-    ]
-    if hasattr(contrib, name)
-} | {
-    "mechanize(sgd)": lambda lr: contrib.mechanize(optax.sgd(lr)),
-    "sam(sgd)": lambda lr: contrib.sam(optax.sgd(lr), optax.sgd(0.05), sync_period=2),
-}
-WRAPPED = {
-    "heavy ball": lambda lr: optax.sgd(lr, momentum=0.9),
-    "nesterov": lambda lr: optax.sgd(lr, momentum=0.9, nesterov=True),
-    "multi_transform": labelled,
-    "masked": lambda lr: optax.chain(
-        optax.masked(optax.trace(0.9), {"a": True, "b": False}), optax.sgd(lr)
-    ),
-    "frozen layer": lambda lr: optax.multi_transform(
-        {"x": optax.adam(lr), "y": optax.set_to_zero()}, {"a": "x", "b": "y"}
-    ),
-    "inject_hyperparams": optax.inject_hyperparams(optax.sgd),
-    "MultiSteps": lambda lr: optax.MultiSteps(
-        optax.sgd(lr), 4
-    ).gradient_transformation(),
-    "apply_every": lambda lr: optax.chain(optax.apply_every(4), optax.sgd(lr)),
-    "clip": lambda lr: optax.chain(optax.clip(1.0), optax.sgd(lr)),
-    "clip_by_global_norm": lambda lr: optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adam(lr)
-    ),
-    "ema": lambda lr: optax.chain(optax.sgd(lr), optax.ema(0.9)),
-    "two traces": lambda lr: optax.chain(
-        optax.trace(0.5), optax.trace(0.5), optax.sgd(lr)
-    ),
-    "apply_if_finite": lambda lr: optax.apply_if_finite(optax.adam(lr), 3),
-    "zero_nans": lambda lr: optax.chain(optax.zero_nans(), optax.sgd(lr)),
-    "schedule": lambda lr: optax.adam(optax.linear_schedule(lr, 0.5 * lr, 100)),
-    "schedule table": lambda lr: optax.sgd(table_schedule(lr)),
-    "mu_dtype": lambda lr: optax.adam(lr, mu_dtype=jnp.bfloat16),
-    "weight decay": lambda lr: optax.chain(
-        optax.add_decayed_weights(0.1), optax.sgd(lr)
-    ),
-    "reduce_on_plateau": lambda lr: optax.chain(
-        optax.sgd(lr), contrib.reduce_on_plateau()
-    ),
-    "flatten": lambda lr: optax.flatten(optax.adam(lr)),
-    "add_noise": lambda lr: optax.chain(
-        optax.add_noise(0.1, 0.5, key=jax.random.key(0)), optax.sgd(lr)
-    ),
-}
-EVERY = PUBLIC | CONTRIB | WRAPPED
-#: Which refuse Optax's extra arguments.
-TAKES_NO_MORE = {"sam(sgd)"}
-#: Those whose learning rate is a factor of a step that they find themselves.
-OWN_RATE = {"cocob", "dadapt_adamw", "dog", "dowg", "momo", "momo_adam", "prodigy"}
 
 
 def build(name, on="quadratic"):
@@ -253,6 +111,137 @@ def carried(flow, start=START):
     return None
 
 
+# --- orders ---------------------------------------------------------------------------
+
+FLOWS = {"stable": rj.flows.stable, "modulated": rj.flows.modulated}
+#: Learning rates, as multiples of the coarsest, and steps there.
+SHARES, STEPS = (1.0, 0.5, 0.25), 200
+#: The coarsest where it is not 1e-3: such that the run gets about as far.
+COARSEST = dict.fromkeys(
+    [
+        *("heavy ball", "masked", "multi_transform", "nesterov", "novograd"),
+        "simplified_ademamix",
+    ],
+    1e-4,
+) | {
+    "ademamix": 2e-4,
+    "frozen layer": 2e-3,
+    "lars": 1e-1,
+    "madgrad": 1e-6,
+    "schedule_free_adamw": 2e-3,
+}
+EXACT = "exact"
+PROMISED = (1, 2)
+# The speed of these hardly depends on the gradient, so that the next order comes first.
+BETTER = dict.fromkeys(
+    [
+        *("adam", "adamax", "adamaxw", "adamw", "adan", "ademamix", "adopt"),
+        *("apply_if_finite", "clip_by_global_norm", "frozen layer", "muon", "nadam"),
+        *("nadamw", "radam", "rmsprop", "schedule_free_adamw", "simplified_ademamix"),
+    ],
+    (2, 3),
+)
+#: Orders of the error of the stable and of the modulated flow, or why there are none.
+ORDERS = (
+    dict.fromkeys(EVERY, PROMISED)
+    | BETTER
+    | dict.fromkeys(["clip", "sign_sgd", "signum"], (EXACT, EXACT))
+    | {"lion": (1, EXACT), "flatten": (2, None), "momo": (1, None)}
+    | {"momo_adam": (2, None)}
+    | dict.fromkeys(
+        ["acprop", "adabelief"],
+        "divides by the deviation of the gradient from its mean, which vanishes with "
+        "the learning rate",
+    )
+    | dict.fromkeys(
+        ["cocob", "dadapt_adamw", "mechanize(sgd)", "prodigy"],
+        "finds the length of its steps on the way, whatever the learning rate",
+    )
+    | {
+        # Its memory is a share of all steps so far, and so never short.
+        "adafactor": (1, 1.7),
+        "madgrad": "its rate rises with the steps taken, whatever time they make up",
+        "mu_dtype": "first moments in half precision",
+        "schedule": "a schedule in single precision",
+        "yogi": "moves its second moment by a sign",
+    }
+)
+
+
+def remembering_little(name):
+    """The factory, its decays at most 0.9: a memory of ten steps, short beside time."""
+    build = EVERY[name]
+    if name == "inject_hyperparams":
+        return build
+    given = inspect.signature(build).parameters
+    long = lambda x: isinstance(x, float) and 0.9 < x < 1
+    changed = {k: 0.9 for k, p in given.items() if long(p.default)}
+    changed |= {k: (0.9, 0.9) for k in given if k == "betas"}
+    return partial(build, **changed)
+
+
+def orders(name):
+    """Flow -> order of its error, relative to the way that the run has gone.
+
+    `EXACT` where the error is rounding, `None` where the flow refuses a window.
+    """
+    dynamics = rj.dynamics(remembering_little(name), quadratic)
+    # Far from where gradients change sign.
+    start = optax.tree.scale(4.0, START)
+    rates = [COARSEST.get(name, 1e-3) * share for share in SHARES]
+    counts = [round(STEPS / share) for share in SHARES]
+
+    @jax.jit
+    def walk(window, lr, count):
+        one = lambda _, window: slide(dynamics, window, lr=lr)
+        return jax.lax.fori_loop(0, count, one, window)
+
+    begins, ends = [], []
+    for lr, count in zip(rates, counts, strict=True):
+        # Until the transients of every memory are over.
+        opening = rj.warm_up(dynamics, start, lr=lr)
+        begins.append(walk(opening, lr, 2 * count))
+        ends.append(walk(begins[-1], lr, count))
+
+    found = {}
+    for flow_name, build_flow in FLOWS.items():
+        flow = build_flow(dynamics)
+        begin = jax.jit(lambda w, lr, f=flow: f.init(w, lr=lr, key=jax.random.key(0)))
+        solve, errors = heun(flow), []
+        for window, end, lr, count in zip(begins, ends, rates, counts, strict=True):
+            try:
+                # In one dtype, where moments have a narrower one.
+                y = optax.tree.cast(begin(window, lr), float)
+                y = solve(y, lr, 4 * count)
+            except ValueError:
+                break
+            way = apart(window.at(0).params, end.at(0).params)
+            off = apart(flow.centre(y).params, rj.midpoint(end).params)
+            errors.append(off / way if way else np.nan)
+        found[flow_name] = order_of(errors)
+    return found
+
+
+def order_of(errors):
+    if not errors:
+        return None
+    # What is not followed at all has no order; written so that NaN is not.
+    if not (min(errors) > 0 and max(errors) < 0.1):
+        return np.nan
+    return EXACT if max(errors) < 1e-9 else order(SHARES, errors)
+
+
+def told(name):
+    """What the documentation says of the orders."""
+    expected = ORDERS[name]
+    if isinstance(expected, str):
+        return f"none: {expected}"
+    return ", ".join("no window" if x is None else str(x) for x in expected)
+
+
+# --- the table ------------------------------------------------------------------------
+
+
 def parts_of(dynamics):
     """What each part of the state holds, by the names of Optax's fields."""
     state = dynamics.init(START)
@@ -277,11 +266,14 @@ def row(name):
     )
     value, why = threshold_of(dynamics), carried(rj.flows.stable(dynamics))
     value = f"{value:.4g}" if isinstance(value, float) else f"none: {value}"
-    return f"| `{name}` | {parts or 'none'} | {value} | {why or 'any'} |"
+    last = f"{why} | -" if why else f"any | {told(name)}"
+    return f"| `{name}` | {parts or 'none'} | {value} | {last} |"
 
 
 def table():
-    head = "| optimizer | its state | threshold | flows |\n|---|---|---|---|"
+    head = (
+        "| optimizer | its state | threshold | flows | orders |\n|---|---|---|---|---|"
+    )
     return "\n".join([head, *(row(name) for name in EVERY)])
 
 

@@ -3,6 +3,7 @@
 import warnings
 from functools import partial
 
+import cli_runner
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from helpers import OPTIMIZERS
 
 import rodjax as rj
+from rodjax.cli import _names as choices
 from rodjax.optimizer import (
     alternating_multiplier,
     first_edge,
@@ -66,6 +68,21 @@ def test_alternating_multiplier(name, ratio, modulus):
     np.testing.assert_allclose(jnp.abs(mu), modulus, atol=1e-12)
     if ratio == 1.0:
         np.testing.assert_allclose(mu, -1.0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_slot_that_forgets_at_once_is_not_what_alternates():
+    """That of the last gradient, beside which momentum rings on."""
+    adan = rj.dynamics(optax.adan(0.1, b1=0.9, b2=0.9, b3=0.9), bowl)
+    mu = alternating_multiplier(adan, adan.init(PARAMS), 0.5)
+    assert 0.8 < float(jnp.abs(mu)) < 1.0
+
+
+@pytest.mark.slow
+def test_what_is_gone_in_a_step_is_carried_no_faster_than_a_solver_can():
+    heavy_ball = rj.dynamics(optax.sgd(0.1, momentum=1e-6), bowl)
+    window = rj.warm_up(heavy_ball, PARAMS, 5)
+    assert float(rj.ringing(heavy_ball, window).log_decay) == -2.0
 
 
 def eigenvalues(name, curvature):
@@ -135,8 +152,8 @@ def delayed(lr):
     )
 
 
-def twice(lr, a=0.5):
-    return optax.chain(optax.trace(a), optax.trace(0.5), optax.sgd(lr))
+def twice(learning_rate, a=0.5):
+    return optax.chain(optax.trace(a), optax.trace(0.5), optax.sgd(learning_rate))
 
 
 OTHER = {
@@ -146,7 +163,9 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize(
+    "name", ["delayed", "twice", pytest.param("four", marks=pytest.mark.slow)]
+)
 def test_another_angle_is_seen_in_a_few_steps(name):
     dynamics = rj.dynamics(OTHER[name], bowl)
     truth = first_edge(dynamics, PARAMS, lr=0.05).angle
@@ -192,3 +211,17 @@ def test_flows_have_nothing_to_warn_of_as_a_rule(name):
         for one in (flow, stable):
             init = partial(one.init, PARAMS, key=jax.random.key(0))
             jax.eval_shape(lambda lr, init=init: init(lr=lr), 0.05)
+
+
+@pytest.mark.slow
+def test_the_command_says_so_once(tmp_path, monkeypatch):
+    """In its own words, and not in a warning, which is an error here."""
+    choice = choices.OPTIMIZERS["nadam"]._replace(build=twice)
+    monkeypatch.setitem(choices.OPTIMIZERS, "nadam", choice)
+    result = cli_runner.invoke(
+        "run", "--problem", "quadratic", "--lr", 0.1, "--warmup", 0, "--steps", 2,
+        "--optimizer", "nadam", "--flows", "edge", "--out", tmp_path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("oscillation of period 6") == 1
+    assert "PeriodWarning" not in result.stderr

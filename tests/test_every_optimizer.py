@@ -9,16 +9,17 @@ import jax
 import numpy as np
 import pytest
 from every_optimizer import (
-    EVERY,
-    LOSSES,
-    START,
+    ORDERS,
+    PROMISED,
     build,
     carried,
+    orders,
     plain_loop,
     radii,
     row,
     threshold_of,
 )
+from optimizers import EVERY, LOSSES, START
 
 import rodjax as rj
 from rodjax.optimizer import first_edge
@@ -108,6 +109,25 @@ def test_the_threshold_is_where_its_own_step_becomes_unstable(name):
         truth = first_edge(dynamics, START).angle
         assert angle is None or np.isclose(angle, truth, rtol=1e-5)
         assert (name in OTHER_PERIODS) == (float(truth) < 3.14)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) for n in EVERY]
+)
+def test_orders_in_the_learning_rate(name):
+    """Below the threshold; with the reason where they are not as promised."""
+    _, dynamics = build(name)
+    if carried(rj.flows.stable(dynamics)) is not None:
+        pytest.skip("no flow carries it")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rj.flows.PeriodWarning)
+        found = orders(name)
+    near = lambda x, y: x == y if isinstance(y, str | None) else abs(x - y) < 0.25
+    if isinstance(ORDERS[name], str):
+        # Else the reason is none.
+        assert not all(map(near, found.values(), PROMISED)), found
+    else:
+        assert all(map(near, found.values(), ORDERS[name])), found
 
 
 @every
