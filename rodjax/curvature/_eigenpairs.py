@@ -127,6 +127,7 @@ def sharpness_ratio(
     state: State,
     *,
     lr: PyTree = None,
+    grad: PyTree | None = None,
     guess: PyTree | None = None,
     products: int | None = None,
     tol: float | None = None,
@@ -137,8 +138,8 @@ def sharpness_ratio(
     `coordinate_thresholds` at `state`, whose second moments are the preconditioner. For
     GD it is the sharpness times eta/2. The eigenvector is in the coordinates
     $D^{1/2} w$; `guess` is a warm start in the same. `products` and `tol` as in
-    `sharpness`. Where the optimizer clips the gradient that the loss has at `state`,
-    thresholds are higher by as much as it clips.
+    `sharpness`. Where the optimizer clips the gradient, thresholds are higher by as
+    much; `grad` is the gradient that it is shown: if `None`, the loss's at `state`.
 
     Before the first step of Adam there is no second moment yet: thresholds are those of
     its epsilon, and the ratio is large by orders of magnitude.
@@ -155,13 +156,14 @@ def sharpness_ratio(
     ```
     """
     check_products(products, tol)
-    return _ratio(dynamics, state, lr, guess, products, tol)
+    return _ratio(dynamics, state, lr, grad, guess, products, tol)
 
 
 @compiled
-def _ratio(dynamics, state, lr, guess, products, tol) -> Eigenpair:
+def _ratio(dynamics, state, lr, grad, guess, products, tol) -> Eigenpair:
     guess = random_direction(state.params) if guess is None else guess
-    return _largest(_preconditioned(dynamics, state, lr=lr), guess, products, tol)
+    matvec = _preconditioned(dynamics, state, lr=lr, grad=grad)
+    return _largest(matvec, guess, products, tol)
 
 
 def preconditioned_eigenpairs(
@@ -170,6 +172,7 @@ def preconditioned_eigenpairs(
     k: int,
     *,
     lr: PyTree = None,
+    grad: PyTree | None = None,
     guess: PyTree | None = None,
     tol: float | None = None,
 ) -> Eigenpairs:
@@ -178,7 +181,7 @@ def preconditioned_eigenpairs(
     Of $D^{-1/2} H D^{-1/2}$ as in `sharpness_ratio`, which is the first of them: every
     mode above 1 is unstable. The eigenvectors are orthonormal in the coordinates
     $D^{1/2} w$; `guess` is a warm start in the same, a pytree like the parameters with
-    a leading axis k, random if `None`. `tol` as in `top_eigenpairs`.
+    a leading axis k, random if `None`. `grad` as there, `tol` as in `top_eigenpairs`.
 
     **Raises** `ValueError` if `k` is below 1 or above the number of parameters, or not
     the leading axis of `guess`.
@@ -193,14 +196,16 @@ def preconditioned_eigenpairs(
     ```
     """
     guess = starting_directions(state.params, k, guess)
-    return top_eigenpairs(_preconditioned(dynamics, state, lr=lr), guess, tol=tol)
+    matvec = _preconditioned(dynamics, state, lr=lr, grad=grad)
+    return top_eigenpairs(matvec, guess, tol=tol)
 
 
 def _preconditioned(
-    dynamics: Dynamics, state: State, *, lr: PyTree
+    dynamics: Dynamics, state: State, *, lr: PyTree, grad: PyTree | None
 ) -> Callable[[PyTree], PyTree]:
     """The product with D^{-1/2} H D^{-1/2} at `state`."""
-    edges = coordinate_thresholds(dynamics, state, lr=lr)
+    grad = jax.grad(dynamics.loss)(state.params) if grad is None else grad
+    edges = coordinate_thresholds(dynamics, state, lr=lr, grad=grad)
     root = jax.tree.map(jax.lax.rsqrt, edges)
 
     def matvec(v):

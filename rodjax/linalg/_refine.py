@@ -13,6 +13,8 @@ from rodjax.linalg._eigen import Eigenpair
 CYCLE = 3
 # What is left of a vector, below which rounding spoils what it was made orthogonal to.
 LOST = 0.1
+# Roundoffs below which a Krylov space has ended.
+ENDED = 8
 # Relative to the largest entry of a projected operator, below all its eigenvalues.
 ABSENT = -2.0 * CYCLE
 
@@ -100,7 +102,9 @@ def _cycle(product: Callable[[PyTree], PyTree], start: PyTree, m: int) -> Eigenp
             _length(rest) < LOST * whole, once_more, lambda: (rest, along)
         )
         left = _length(rest)
-        new = _over(rest, left)
+        # Of what is rounding alone a vector would be made that is in the basis already.
+        left = jnp.where(left > ENDED * jnp.finfo(dtype).eps * whole, left, 0)
+        new = jax.tree.map(lambda x: jnp.where(left > 0, x, 0), _over(rest, left))
         # The last has no place in the basis any more.
         put = lambda x, y: x.at[jnp.where(j + 1 < m, j + 1, m)].set(y, mode="drop")
         return jax.tree.map(put, basis, new), inside.at[:, j].set(along), left, new

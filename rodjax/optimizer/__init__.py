@@ -7,19 +7,16 @@ not know: derivatives of the loss beyond its gradient, flows, solvers, files.
 """
 
 from rodjax.optimizer._dynamics import Dynamics, Loss, dynamics
+from rodjax.optimizer._given import fitted
 from rodjax.optimizer._linear import LinearMap, linearize
 from rodjax.optimizer._same import Same, compiled, fingerprint
 from rodjax.optimizer._split import Kind, OptimizerFactory
 from rodjax.optimizer._stability import (
     Edges,
-    alternating_multiplier,
     coordinate_edges,
     coordinate_thresholds,
-    first_edge,
     inverse_preconditioner,
     learning_rate,
-    threshold,
-    unit_preconditioner,
 )
 from rodjax.optimizer._state import (
     State,
@@ -27,6 +24,12 @@ from rodjax.optimizer._state import (
     merge,
     split_like,
     widest,
+)
+from rodjax.optimizer._threshold import (
+    alternating_multiplier,
+    first_edge,
+    threshold,
+    unit_preconditioner,
 )
 from rodjax.optimizer._window import (
     REACH,
@@ -58,6 +61,7 @@ __all__ = [
     "dynamics",
     "fingerprint",
     "first_edge",
+    "fitted",
     "half_step_midpoint",
     "has_momentum",
     "inverse_preconditioner",

@@ -11,11 +11,15 @@ from jaxtyping import PyTree
 INSIDE = ("value", "raw_value")
 
 
-def fitted(given: PyTree, like: PyTree, name: str) -> PyTree:
+def fitted(
+    given: PyTree, like: PyTree, name: str, owner: str = "this optimizer"
+) -> PyTree:
     """`given` in the structure and the dtypes of `like`, leaf by leaf of equal path.
 
     Containers may differ where the names in them do not: variables of Flax for arrays,
     the dicts and lists of a checkpoint for named tuples.
+
+    `name` and `owner` are what errors call the two.
 
     **Raises** `ValueError` that names the leaf: one that `like` has and `given` lacks
     or the other way round, another shape, another kind of number.
@@ -27,25 +31,24 @@ def fitted(given: PyTree, like: PyTree, name: str) -> PyTree:
         if _names(path) not in have:
             near = ", ".join(keystr(p) for p, _ in have.values()) or "none"
             raise ValueError(
-                f"{name} has no leaf {keystr(path)}, which this optimizer keeps on "
-                f"these parameters; it has {_short(near)}. Was it made by another "
-                "optimizer or model?"
+                f"{name} has no leaf {keystr(path)}, which {owner} has; it has "
+                f"{_short(near)}. Was it made by another optimizer or model?"
             )
-        found.append(_leaf(*have.pop(_names(path)), shape, name))
+        found.append(_leaf(*have.pop(_names(path)), shape, name, owner))
     if have:
         path, _ = next(iter(have.values()))
         raise ValueError(
-            f"{name} has a leaf {keystr(path)}, which this optimizer does not keep on "
-            "these parameters. Was it made by another optimizer or model?"
+            f"{name} has a leaf {keystr(path)}, which {owner} has not. Was it made by "
+            "another optimizer or model?"
         )
     return jax.tree.unflatten(structure, found)
 
 
-def _leaf(path: tuple[Any, ...], x: Any, like: Any, name: str) -> Any:
+def _leaf(path: tuple[Any, ...], x: Any, like: Any, name: str, owner: str) -> Any:
     if jnp.shape(x) != like.shape:
         raise ValueError(
-            f"{name}{keystr(path)} has shape {jnp.shape(x)}; this optimizer keeps one "
-            f"of shape {like.shape}. Was it made by another optimizer or model?"
+            f"{name}{keystr(path)} has shape {jnp.shape(x)}, in {owner} it has "
+            f"{like.shape}. Was it made by another optimizer or model?"
         )
     if jax.dtypes.issubdtype(like.dtype, jax.dtypes.extended):
         return x
@@ -55,8 +58,8 @@ def _leaf(path: tuple[Any, ...], x: Any, like: Any, name: str) -> Any:
     counts = kind(like.dtype) is jnp.integer and kind(jnp.result_type(x)) is not None
     if kind(jnp.result_type(x)) is not kind(like.dtype) and not counts:
         raise ValueError(
-            f"{name}{keystr(path)} has dtype {jnp.result_type(x)}; this optimizer "
-            f"keeps {like.dtype}"
+            f"{name}{keystr(path)} has dtype {jnp.result_type(x)}, in {owner} it has "
+            f"{like.dtype}"
         )
     return jnp.asarray(x, like.dtype)
 

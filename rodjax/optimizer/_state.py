@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, PyTree
 
+from rodjax.optimizer._given import fitted
+
 #: A step count at which bias corrections have died out.
 LATE = 10**8
 
@@ -49,6 +51,42 @@ class State(NamedTuple):
     def params(self) -> PyTree:
         """The parameters, as the user's pytree."""
         return self.phase[0]
+
+    @classmethod
+    def of(
+        cls, dynamics: Any, params: PyTree, opt_state: PyTree, *, lr: PyTree = None
+    ) -> "State":
+        """The state that a training loop or a checkpoint holds, split as `dynamics` is.
+
+        **Arguments**
+
+        - `dynamics`: from `rodjax.dynamics`, of the same optimizer.
+        - `params`: the parameters as its loss takes them.
+        - `opt_state`: the state of the Optax optimizer on them: plain, that of
+          `flax.training.train_state.TrainState` or `flax.nnx.Optimizer`, or the dicts
+          and lists that a checkpoint gives back in its place. Counters and floats are
+          cast to the dtypes that the optimizer keeps.
+        - `lr`: the learning rate, if `dynamics` takes one.
+
+        **Raises** `ValueError` that names the leaf, if `opt_state` is not that of this
+        optimizer on these parameters.
+
+        ```python
+        >>> import jax.numpy as jnp, optax, rodjax as rj
+        >>> loss, optimizer = lambda w: jnp.sum(w**2), optax.adam(0.1)
+        >>> params = jnp.array([1.0, -2.0])
+        >>> opt_state = optimizer.init(params)
+        >>> state = rj.State.of(rj.dynamics(optimizer, loss), params, opt_state)
+        >>> int(state.clock[1][0].count)
+        0
+
+        ```
+        """
+        params = jax.tree.map(jnp.asarray, params)
+        # Of shapes alone; the optimizer is tried out once for them.
+        like = jax.eval_shape(lambda p: dynamics.init(p, lr=lr), params)
+        state = fitted(opt_state, merge(like)[1], "opt_state")
+        return split_like((params, state), like)
 
 
 def merge(state: State) -> tuple[PyTree, PyTree]:
@@ -92,6 +130,29 @@ def as_optax(state: State, dtypes: tuple[Any, ...]) -> State:
         return jnp.astype(x > 0.5 if flag else jnp.round(x), dtype)
 
     return state._replace(rest=jax.tree.map(back, state.rest, wanted.rest))
+
+
+def at_step(state: State, step: Array) -> State:
+    """`state` with its schedules at `step`.
+
+    A counter that stands beside moments counts their bias correction, and stays.
+    """
+    own = {path for path, _ in tree_leaves_with_path(state.params)}
+    moments = [
+        path
+        for part in (state.phase, state.slow)
+        for path, _ in tree_leaves_with_path(part[1])
+    ]
+    mirrors = lambda path, near: (
+        path[: len(near)] == near and path[len(near) + 1 :] in own
+    )
+
+    def moved(path: tuple[Any, ...], x: Array) -> Array:
+        corrects = any(mirrors(moment, path[:-1]) for moment in moments)
+        return x if corrects else jnp.full_like(x, step)
+
+    optax_clock = jax.tree_util.tree_map_with_path(moved, state.clock[1])
+    return state._replace(clock=(state.clock[0], optax_clock))
 
 
 def has_momentum(state: State) -> bool:

@@ -17,7 +17,7 @@ from rodjax.curvature import (
 )
 from rodjax.flows import principal_coefficient
 from rodjax.optimizer import Dynamics, Loss, has_momentum, learning_rate
-from rodjax.solve._trajectory import Metric
+from rodjax.solve._trajectory import Metric, Snapshot
 
 #: Name -> long name of what is recorded along every trajectory.
 LOSSES: Mapping[str, str] = MappingProxyType(
@@ -87,7 +87,8 @@ def _each(loss: Loss, stacked: PyTree) -> Array:
 def edge_of_stability(dynamics: Dynamics, *, tol: float | None = None) -> Metric:
     """Metric `sharpness_ratio` (see there) and its `residual`, warm-started.
 
-    For `metrics=` of `integrate` and `descend`. The ratio is taken at the centre.
+    For `metrics=` of `integrate` and `descend`. The ratio is taken at the centre, with
+    what clips the gradient at an end of the oscillation.
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
@@ -100,7 +101,10 @@ def edge_of_stability(dynamics: Dynamics, *, tol: float | None = None) -> Metric
     """
 
     def update(snapshot, vector, *, lr):
-        pair = sharpness_ratio(dynamics, snapshot.centre, lr=lr, guess=vector, tol=tol)
+        grad = _shown(dynamics, snapshot)
+        pair = sharpness_ratio(
+            dynamics, snapshot.centre, lr=lr, grad=grad, guess=vector, tol=tol
+        )
         values = {"sharpness_ratio": pair.value, "residual": pair.residual}
         return values, _guess(pair.residual, pair.vector, vector)
 
@@ -143,8 +147,9 @@ def spectrum(dynamics: Dynamics, k: int, *, tol: float | None = None) -> Metric:
     long_names["residual"] = "largest relative residual of the eigenpairs"
 
     def update(snapshot, vectors, *, lr):
+        grad = _shown(dynamics, snapshot)
         pairs = preconditioned_eigenpairs(
-            dynamics, snapshot.centre, k, lr=lr, guess=vectors, tol=tol
+            dynamics, snapshot.centre, k, lr=lr, grad=grad, guess=vectors, tol=tol
         )
         values = {f"ratio_{i + 1}": value for i, value in enumerate(pairs.values)}
         values["residual"] = jnp.max(pairs.residuals)
@@ -212,6 +217,11 @@ def stability_coefficients(
         update,
         long_names,
     )
+
+
+def _shown(dynamics: Dynamics, snapshot: Snapshot) -> PyTree:
+    """The gradient that the optimizer is shown: not at the centre, but at an end."""
+    return jax.grad(dynamics.loss)(jax.tree.map(lambda x: x[0], snapshot.ends))
 
 
 def _guess(residual: Float[Array, ""], vectors: PyTree, last: PyTree) -> PyTree:
