@@ -40,9 +40,10 @@ def angle_of(
 ) -> float | None:
     """`first_edge(...).angle`, of shapes alone and without compiling a program.
 
-    `None` where it is not known so: there is no threshold, no curvature reaches it, or
-    `lr` is more than one number, so that its values decide. One number scales
-    curvature, whatever its value.
+    pi for what remembers nothing. `None` where it is not known so: coordinates have no
+    thresholds of their own, no curvature reaches them, or `lr` is more than one number,
+    so that its values decide. One number is taken for a learning rate, which scales
+    curvature and no more.
     """
     return _angle(Same((factory, kind)), shapes_of(params), shapes_of(lr))
 
