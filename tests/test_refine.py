@@ -1,5 +1,7 @@
 """The largest eigenpair within a budget of products, leaf by leaf."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -122,7 +124,8 @@ def test_sharpness_by_products_approaches_sharpness():
 
 
 def test_another_batch_costs_no_compilation():
-    loss = chex.assert_max_traces(n=2)(network)  # Without a guess, and with one.
+    # Without a guess, and with one.
+    loss: Any = chex.assert_max_traces(n=2)(network)
 
     params = parameters()
     vector = rj.sharpness(loss, params, args=(DATA,), products=2).vector
@@ -163,7 +166,9 @@ def test_memory_of_a_few_copies():
 
     def temporary(function):
         compiled = jax.jit(function).lower(params, params).compile()
-        return compiled.memory_analysis().temp_size_in_bytes / copy
+        found = compiled.memory_analysis()
+        assert found is not None
+        return found.temp_size_in_bytes / copy
 
     one = temporary(lambda p, v: rj.hvp(loss, p, v))
     for products in (3, 12):

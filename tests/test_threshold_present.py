@@ -25,10 +25,10 @@ def adam_of_one_counter(schedule, b1=0.9, b2=0.99):
         zeros = optax.tree.zeros_like(params)
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, zeros)
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
         inner = optax.scale_by_adam(b1, b2)
-        updates, new = inner.update(grads, state)
+        updates, new = inner.update(updates, state)
         return optax.tree.scale(-schedule(state.count), updates), new
 
     return optax.GradientTransformation(init, update)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from rodjax.curvature._derivatives import hvp
 from rodjax.linalg import (
@@ -20,7 +20,7 @@ from rodjax.optimizer import Dynamics, Loss, State, compiled, coordinate_thresho
 
 
 def sharpness(
-    loss: Loss,
+    loss: Callable[..., Float[Array, ""]],
     params: PyTree,
     *,
     args: tuple[Any, ...] = (),

@@ -50,7 +50,7 @@ def _leaf(path: tuple[Any, ...], x: Any, like: Any, name: str, owner: str) -> An
             f"{name}{keystr(path)} has shape {jnp.shape(x)}, in {owner} it has "
             f"{like.shape}. Was it made by another optimizer or model?"
         )
-    if jax.dtypes.issubdtype(like.dtype, jax.dtypes.extended):
+    if jnp.issubdtype(like.dtype, jax.dtypes.extended):
         return x
     kinds = jnp.floating, jnp.integer, jnp.bool
     kind = lambda dtype: next((k for k in kinds if jnp.issubdtype(dtype, k)), None)

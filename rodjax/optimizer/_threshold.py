@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
@@ -98,7 +99,7 @@ def first_edge(
 
     ```
     """
-    if step is not None and not isinstance(step, Tracer) and step < 0:
+    if step is not None and not isinstance(step, Tracer) and np.less(step, 0):
         raise ValueError(f"step must be at least 0, got {step}")
     lr = dynamics.cast(params, lr=lr)
     if step is not None:

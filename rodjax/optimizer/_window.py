@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
@@ -77,7 +78,7 @@ class Window(NamedTuple):
         few = [states] if isinstance(states, State) else list(states)
         if not few:
             raise ValueError("states is empty: a window begins with one state at least")
-        if not isinstance(step, Tracer) and step < 0:
+        if not isinstance(step, Tracer) and np.less(step, 0):
             raise ValueError(f"step must be at least 0, got {step}")
         few = few[-1 - REACH :]
         lr = dynamics.cast(few[-1].params, lr=lr)
