@@ -116,6 +116,8 @@ def carried(flow, start=START):
 FLOWS = {"stable": rj.flows.stable, "modulated": rj.flows.modulated}
 #: Learning rates, as multiples of the coarsest, and steps there.
 SHARES, STEPS = (1.0, 0.5, 0.25), 200
+#: More of them where the length of a step settles only slowly.
+MORE = {"adadelta": 1000}
 #: The coarsest where it is not 1e-3: such that the run gets about as far.
 COARSEST = dict.fromkeys(
     [
@@ -189,7 +191,7 @@ def orders(name):
     # Far from where gradients change sign.
     start = optax.tree.scale(4.0, START)
     rates = [COARSEST.get(name, 1e-3) * share for share in SHARES]
-    counts = [round(STEPS / share) for share in SHARES]
+    counts = [round(MORE.get(name, STEPS) / share) for share in SHARES]
 
     @jax.jit
     def walk(window, lr, count):
