@@ -3,15 +3,18 @@
 import textwrap
 
 from rodjax.cli import _names as choices
+from rodjax.cli import _own as own
 
 WIDTH = 88
+OWN = f"your own: {own.WANTED}, or a function that returns it", "likewise, of a module"
 
 
 def listing() -> None:
     """Print the problems, optimizers and flows, with a line on each."""
     ranked = ", ".join(name for name, record in choices.FLOWS.items() if record.rank)
     tables = {
-        "Problems (--problem)": {k: c.line for k, c in choices.PROBLEMS.items()},
+        "Problems (--problem)": {k: c.line for k, c in choices.PROBLEMS.items()}
+        | dict(zip(own.FORMS, OWN, strict=True)),
         "Optimizers (--optimizer), or any other of Optax": {
             k: c.line for k, c in choices.OPTIMIZERS.items()
         },

@@ -89,12 +89,12 @@ def run(
         _prepare(out, overwrite)
 
     head: dict[str, Any] = {
-        "problem": problem,
+        "problem": chosen.name,
         "optimizer": optimizer,
         "lr": lr,
         "steps": steps,
         "warmup": warmup,
-        "dtype": dtype,
+        "dtype": shared.precision(chosen),
         "threshold": number(edge),
     }
     told = {key: value for key, value in head.items() if value is not None}

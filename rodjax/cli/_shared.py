@@ -7,18 +7,24 @@ from functools import partial
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import typer
 from jaxtyping import PyTree
 
 from rodjax.cli import _names as choices
+from rodjax.cli import _own as own
 from rodjax.flows import Floor, Flow
 from rodjax.optimizer import Dynamics, first_edge
 from rodjax.problems import Problem
 from rodjax.solve import Metric, edge_of_stability, monitor
 
 ProblemName = Annotated[
-    str, typer.Option(help=f"One of {', '.join(choices.PROBLEMS)}; see rodjax list.")
+    str,
+    typer.Option(
+        help=f"One of {', '.join(choices.PROBLEMS)}; see rodjax list. Or your own, as "
+        f"{' or '.join(own.FORMS)}."
+    ),
 ]
 ProblemSettings = Annotated[
     list[str] | None,
@@ -76,9 +82,22 @@ def refusing(
 
 
 def problem(name: str, dtype: str, settings: list[str] | None) -> Problem:
-    """The named problem, of the settings NAME=VALUE."""
+    """The named problem, or the user's own, of the settings NAME=VALUE."""
+    if own.is_own(name):
+        return own.load(name, settings or [], dtype)
+    if name not in choices.PROBLEMS:
+        raise ValueError(
+            f"--problem {name}: choose from {', '.join(choices.PROBLEMS)}, or name "
+            f"your own as {' or '.join(own.FORMS)}"
+        )
     parse = partial(choices.setting, flag="--problem-set", example="n=200")
-    return choices.problem(name, dtype, dict(map(parse, settings or [])))
+    found = choices.problem(name, dtype, dict(map(parse, settings or [])))
+    return found._replace(name=name)
+
+
+def precision(problem: Problem) -> str:
+    """The dtype of its parameters, which a user's own problem chooses."""
+    return str(jnp.result_type(*jax.tree.leaves(problem.params)))
 
 
 def metrics(

@@ -13,6 +13,7 @@ import typer
 import rodjax.sweeps as sweeps
 from rodjax.cli import _axes as axes
 from rodjax.cli import _names as choices
+from rodjax.cli import _own as own
 from rodjax.cli import _shared as shared
 from rodjax.cli import _summary as report
 from rodjax.cli._progress import Bar
@@ -95,10 +96,12 @@ def sweep(
         hyperparameters = dict(map(choices.hyperparameter, settings or []))
         chosen = shared.problem(problem, dtype, problem_settings)
         if SEED in points.values and chosen.draw is None:
-            raise ValueError(
-                f"--seeds: the start of {problem} is not drawn; choose a network, "
-                "quadratic or factorization"
+            advice = (
+                "give its Problem a draw, a function of a jax.random key to parameters"
+                if own.is_own(problem)
+                else "choose a network, quadratic or factorization"
             )
+            raise ValueError(f"--seeds: the start of {problem} is not drawn; {advice}")
         names, wanted = set(points.values), shared.flow_names(flows)
         floor = axes.FLOOR in names
         having = [name for name, record in choices.FLOWS.items() if record.floor]
@@ -124,11 +127,11 @@ def sweep(
         _check(out)
         first, total = jax.process_index() == 0, points.lanes * (warmup + steps)
         head: dict[str, Any] = {
-            "problem": problem,
+            "problem": chosen.name,
             "optimizer": optimizer,
             "problem_settings": json.dumps(problem_settings or []),
             "settings": json.dumps(hyperparameters),
-            "dtype": dtype,
+            "dtype": shared.precision(chosen),
             "rank": "each flow's own" if rank is None else rank,
         }
         drawn = SEED in points.values
