@@ -1,0 +1,44 @@
+"""Sums over pytrees whose leaves may be in half precision."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from rodjax import linalg
+
+
+def wide(tree: PyTree) -> PyTree:
+    """In single precision at least."""
+    least = lambda x: jnp.promote_types(jnp.result_type(x), jnp.float32)
+    return jax.tree.map(lambda x: jnp.asarray(x, least(x)), tree)
+
+
+def like(tree: PyTree, other: PyTree) -> PyTree:
+    """In the dtypes of another tree."""
+    return jax.tree.map(lambda x, y: jnp.astype(x, jnp.result_type(y)), tree, other)
+
+
+def along(a: PyTree, b: PyTree, dtype: jnp.dtype) -> Float[Array, ""]:
+    """The inner product."""
+    return linalg.dot(wide(a), wide(b)).astype(dtype)
+
+
+def unit(tree: PyTree) -> PyTree:
+    """Of unit length; as it is where that is zero."""
+    tree = wide(tree)
+    # Of the largest entry first, where squares would underflow.
+    tree = _over(tree, optax.tree.max(jax.tree.map(jnp.abs, tree)))
+    return _over(tree, jnp.sqrt(linalg.dot(tree, tree)))
+
+
+def _over(tree: PyTree, size: Array) -> PyTree:
+    safe = jnp.where(size > 0, size, 1)
+    return jax.tree.map(lambda x: x / safe.astype(x.dtype), tree)
+
+
+def over(a: Array, b: Array) -> Float[Array, "2"]:
+    """[1, a / b], or [0, 0] where that does not exist."""
+    there = b != 0
+    found = jnp.where(there, a / jnp.where(there, b, 1), 0)
+    return jnp.stack([there.astype(found.dtype), found])
