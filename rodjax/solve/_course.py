@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
@@ -177,15 +178,16 @@ def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
             slope = flow.vector_field(t + s, back(leaves), lr)
             return [jnp.astype(x, wide) for x in jax.tree.leaves(slope)]
 
-        # Time in the state's own dtype, which the solver would promote otherwise.
-        span = jnp.asarray(every, wide)
-        local = jnp.zeros_like(span)
+        # Python's numbers, for diffrax checks arrays on the host, where no program for
+        # another device gets to; but in the state's own dtype, which it would promote.
+        usual = wide == jnp.result_type(float)
+        time = lambda t: float(t) if usual else np.asarray(t, wide)
         solved = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             method.solver,
-            t0=local,
-            t1=span,
-            dt0=jnp.full_like(span, 1.0 / method.substeps),
+            t0=time(0),
+            t1=time(every),
+            dt0=time(1 / method.substeps),
             y0=[jnp.astype(x, wide) for x in leaves],
             args=lr,
             saveat=diffrax.SaveAt(t1=True),
