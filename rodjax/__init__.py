@@ -10,6 +10,7 @@ from rodjax import (
     report,
     solve,
     sweeps,
+    training,
     transforms,
 )
 from rodjax.curvature import (
@@ -34,7 +35,14 @@ from rodjax.optimizer import (
     threshold,
     warm_up,
 )
-from rodjax.report import dataset, plot, plot_lanes, plot_sweep
+from rodjax.report import (
+    dataset,
+    plot,
+    plot_checkpoints,
+    plot_forecast,
+    plot_lanes,
+    plot_sweep,
+)
 from rodjax.solve import (
     Comparison,
     Metric,
@@ -82,6 +90,8 @@ __all__ = [
     "monitor",
     "optimizer",
     "plot",
+    "plot_checkpoints",
+    "plot_forecast",
     "plot_lanes",
     "plot_sweep",
     "preconditioned_eigenpairs",
@@ -99,6 +109,7 @@ __all__ = [
     "threshold",
     "top_eigenpair",
     "top_eigenpairs",
+    "training",
     "transforms",
     "warm_up",
 ]

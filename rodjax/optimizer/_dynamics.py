@@ -15,6 +15,11 @@ from rodjax.optimizer._state import State, as_optax, in_floats, merge, split_lik
 from rodjax.optimizer._trial import update_with
 
 Loss = Callable[[Any], Float[Array, ""]]
+STOCHASTIC = (
+    "a loss of a key or a batch is another one at every step, and flows model "
+    "full-batch training. Close over the data, with dropout switched off: "
+    "lambda params: loss(params, data)"
+)
 
 
 class InitFn(Protocol):
@@ -115,7 +120,8 @@ def dynamics(
     **Raises**
 
     `TypeError` or `ValueError`, from `init`, naming the leaf or argument: parameters
-    that are not real floats, a loss that is not a scalar, an `lr` missing or given in
+    that are not real floats, a loss that is not a scalar
+    or no function of the parameters alone, an `lr` missing or given in
     vain. From `fluid`, and so from every flow, though not from the optimizer's own run:
     a state that no flow can carry (injected noise, flags or integers that change, a
     leaf that is neither odd nor even in the gradient, updates that come only every so
@@ -220,7 +226,23 @@ def _float_dtype(params: PyTree) -> jnp.dtype:
 
 
 def _check_scalar_loss(loss: Loss, params: PyTree) -> None:
-    out = jax.eval_shape(loss, params)
+    try:
+        out = jax.eval_shape(loss, params)
+    except TypeError as error:
+        if "required positional argument" not in str(error):
+            raise
+        raise TypeError(
+            f"loss takes more than the parameters ({error}): {STOCHASTIC}"
+        ) from error
+    except Exception as error:
+        # Of Flax, whom nothing here knows: counters of dropout, statistics of batches.
+        if type(error).__name__ != "TraceContextError":
+            raise
+        raise ValueError(
+            f"loss changes a module that it holds ({error}). Where that is a counter "
+            f"of dropout or statistics of a batch, {STOCHASTIC}; where it puts the "
+            "parameters into the module, use flax.nnx.merge in its place"
+        ) from error
     if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(
             f"loss must return one real float (shape ()); it returns {out}. Average "

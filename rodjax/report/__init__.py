@@ -5,6 +5,8 @@ Knows: labelled data sets of runs and flows (xarray), plots of runs and of sweep
 """
 
 from rodjax.report._dataset import dataset
+from rodjax.report._plot_checkpoints import plot_checkpoints
+from rodjax.report._plot_forecast import plot_forecast
 from rodjax.report._plot_run import plot
 from rodjax.report._plot_sweep import (
     abscissa,
@@ -23,6 +25,8 @@ __all__ = [
     "dataset",
     "evenly",
     "plot",
+    "plot_checkpoints",
+    "plot_forecast",
     "plot_lanes",
     "plot_sweep",
     "spread",

@@ -62,8 +62,8 @@ def dataset(
     metrics: list[Mapping[str, Any]] = [
         run.metrics | {DISTANCE: np.zeros(run.steps.shape)}
     ]
-    for name, flow in flows.items():
-        metrics.append(flow.metrics | {DISTANCE: comparisons[name].distance})
+    for found in comparisons.values():
+        metrics.append(found.flow | {DISTANCE: found.distance})
     long_names = dict(COMPARED)
     for path in (*flows.values(), run):
         long_names |= dict(path.long_names)

@@ -57,20 +57,20 @@ def plot_sweep(data: "xarray.Dataset", along: str = "lr", title: str = "") -> "F
     distance, ratio = figure.subplots(2, 1, sharex=True)
     # Room for the crosses.
     distance.set_ymargin(0.15)
-    for name, style in _styles(data).items():
+    for name, style in styles(data).items():
         for axes, key in ((distance, DISTANCE), (ratio, RATIO)):
             if axes is distance and name == RUN:
                 continue
             low, middle, high = spread(alive(data, key, name), dim)
             axes.plot(x, middle, marker="o", ms=3, label=name, **style)
             axes.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
-    _logarithmic(distance)
+    logarithmic(distance)
     lost = _share_lost(data, dim)
     for axes in (distance, ratio):
-        for edges, share in zip(_cells(x), lost[RUN], strict=True):
+        for edges, share in zip(cells(x), lost[RUN], strict=True):
             if share:
                 axes.axvspan(*edges, color="k", alpha=0.25 * share, lw=0)
-    for index, (name, style) in enumerate(_styles(data).items()):
+    for index, (name, style) in enumerate(styles(data).items()):
         where = x[lost[name] > 0]
         if name != RUN and where.size:
             distance.plot(
@@ -138,7 +138,7 @@ def plot_lanes(data: "xarray.Dataset", along: str = "lr", title: str = "") -> "F
         axes.remove()
     for axes, index in zip(panels.flat, picked, strict=False):
         lane = lanes.isel({dim: index})
-        for name, style in _styles(data).items():
+        for name, style in styles(data).items():
             ratio = _of(lane, "sharpness_ratio", name)
             axes.plot(data[STEP].values, ratio.values, label=name, **style)
         axes.axhline(1.0, color="gray", ls=":", lw=1)
@@ -148,7 +148,7 @@ def plot_lanes(data: "xarray.Dataset", along: str = "lr", title: str = "") -> "F
             said = f"diverged at step {lost:g}"
             axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", fontsize=8)
         axes.set_title(f"{along} {lane[along].item():.3g}", fontsize=10)
-    models = [alive(lanes, "sharpness_ratio", name) for name in _styles(data)]
+    models = [alive(lanes, "sharpness_ratio", name) for name in styles(data)]
     highest = np.array([spread(ratio, dim)[2] for ratio in models])
     # What a lost lane reaches would flatten all others.
     if np.any(np.isfinite(highest)):
@@ -224,14 +224,16 @@ def _share_lost(data: "xarray.Dataset", dim: str) -> dict[str, NDArray[Any]]:
     return {name: by_row(share, dim).mean(1) for name, share in shares.items()}
 
 
-def _styles(data: "xarray.Dataset") -> dict[str, dict[str, Any]]:
+def styles(data: "xarray.Dataset") -> dict[str, dict[str, Any]]:
     """How each model is drawn, the run first."""
-    names = [str(name) for name in data[FLOW].values if name != RUN]
-    flows = {name: {"color": f"C{index}"} for index, name in enumerate(names)}
-    return {RUN: {"color": "k", "lw": 2.5, "alpha": 0.5}, **flows}
+    names = [str(name) for name in data[FLOW].values]
+    flows = [name for name in names if name != RUN]
+    colors = {name: {"color": f"C{index}"} for index, name in enumerate(flows)}
+    run = {RUN: {"color": "k", "lw": 2.5, "alpha": 0.5}} if RUN in names else {}
+    return {**run, **colors}
 
 
-def _cells(x: NDArray[Any]) -> list[tuple[float, float]]:
+def cells(x: NDArray[Any]) -> list[tuple[float, float]]:
     """Around every point of `x`, up to half way to its neighbours."""
     scale, back = (np.log, np.exp) if np.all(x > 0) else (np.asarray, np.asarray)
     at = scale(x)
@@ -241,7 +243,7 @@ def _cells(x: NDArray[Any]) -> list[tuple[float, float]]:
     return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
 
 
-def _logarithmic(axes: "Axes") -> None:
+def logarithmic(axes: "Axes") -> None:
     # Where everything diverged there is nothing to scale.
     if any(np.any(np.asarray(line.get_ydata()) > 0) for line in axes.get_lines()):
         axes.set_yscale("log", nonpositive="mask")

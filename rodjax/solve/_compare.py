@@ -1,6 +1,7 @@
 """How far a flow is from the optimizer that it models."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -92,12 +93,15 @@ def compare(run: Trajectory, flow: Trajectory) -> Comparison:
 
     **Arguments**
 
-    - `run`: from `rodjax.descend`.
-    - `flow`: from `rodjax.integrate`, from the same start, for as many steps, with the
-      same `every` and the same (linear) `keep`, which must keep something. Leading axes
-      from a vmap are allowed on both.
+    - `run`: from `rodjax.descend`; or what a training loop recorded of its parameters,
+      from `rodjax.training.recorded`.
+    - `flow`: from `rodjax.integrate`, from the same start, with the same (linear)
+      `keep`, which must keep something, and saved at the steps of the run, or at those
+      and others. Leading axes from a vmap are allowed on both, where both were saved
+      at the same steps.
 
-    **Raises** `ValueError` if the saved steps or parameters do not match.
+    **Raises** `ValueError` if the parameters do not match, or the flow was not saved at
+    a step of the run.
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
@@ -112,10 +116,7 @@ def compare(run: Trajectory, flow: Trajectory) -> Comparison:
     ```
     """
     if flow.steps.shape != run.steps.shape:
-        raise ValueError(
-            f"flow has saved steps of shape {flow.steps.shape}, run of "
-            f"{run.steps.shape}: use the same steps= and every= for both"
-        )
+        flow = _at_steps_of(run, flow)
     early = flow.steps - run.steps
     if not isinstance(early, Tracer) and not np.all((early >= 0) & (early < 1)):
         raise ValueError(
@@ -138,6 +139,29 @@ def compare(run: Trajectory, flow: Trajectory) -> Comparison:
         flow.evaluations,
         flow.diverged_at,
     )
+
+
+def _at_steps_of(run: Trajectory, flow: Trajectory) -> Trajectory:
+    """The moments of a flow that was saved more often than the run, or elsewhere."""
+    shapes = flow.steps.shape, run.steps.shape
+    if shapes[0][:-1] or shapes[1][:-1] or isinstance(flow.steps, Tracer):
+        raise ValueError(
+            f"flow has saved steps of shape {shapes[0]}, run of {shapes[1]}: use the "
+            "same steps= and every= for both"
+        )
+    saved = {int(step): index for index, step in enumerate(np.floor(flow.steps))}
+    wanted = np.asarray(run.steps).tolist()
+    missing = [f"{step:g}" for step in wanted if step not in saved]
+    if missing:
+        raise ValueError(
+            f"flow has no saved step {', '.join(missing)}, at which the run was saved: "
+            f"it has {min(saved)} to {max(saved)}. Use the same start, and steps= and "
+            "every= that meet the run's"
+        )
+    rows = np.array([saved[step] for step in wanted])
+    timed = flow.steps, flow.params, flow.ends, flow.metrics
+    steps, params, ends, metrics = jax.tree.map(lambda x: x[rows], timed)
+    return replace(flow, steps=steps, params=params, ends=ends, metrics=metrics)
 
 
 def separation(

@@ -57,8 +57,10 @@ def descend(
     **Arguments**
 
     - `dynamics`: from `rodjax.dynamics`.
-    - `start`: initial parameters; or a `Window` to go on from, of `warm_up` or the
-      `final` of a run.
+    - `start`: initial parameters: the optimizer's state is then a new one, its
+      schedules at their beginning. Or a `Window` to go on from: of `warm_up`, the
+      `final` of a run, or what `rodjax.training.window` (or `Window.of`) makes of a
+      checkpoint, parameters and optimizer state, of a training loop.
     - `steps`: optimizer steps, a multiple of `every`.
     - `lr`: the learning rate if `dynamics` takes one: data, so it may be vmapped.
     - `every`: save every so many steps, to bound memory.
@@ -151,8 +153,8 @@ def integrate(
 
     - `flow`: from `rodjax.flows`.
     - `start`: parameters, for a flow from scratch: the optimizer's state is then a new
-      one, its schedules at their beginning. Or a `Window` of a run to go on from, or
-      the `final` of this flow's own trajectory.
+      one, its schedules at their beginning. Or a `Window` of a run to go on from, as
+      for `descend`, or the `final` of this flow's own trajectory.
     - `steps`, `every`, `metrics`, `keep`, `progress`, `limit`, `origin`: as for
       `descend`.
     - `lr`: the learning rate if the flow's dynamics take one.
