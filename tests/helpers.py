@@ -6,6 +6,7 @@ Only what two modules use; no test module imports another.
 import dataclasses
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,27 @@ def coupled(params):
     a, b = params["a"], params["b"]
     curvature = jnp.array([2.0, 0.7, 0.2], a.dtype)
     return 0.5 * a @ (curvature * a) + jnp.cosh(jnp.sum(a) - b) + 0.1 * b**4
+
+
+class Cycle(NamedTuple):
+    """Iterates that jump between x = c + d, y = m + k and x = c - d, y = m - k."""
+
+    c: float
+    d: float
+    m: float
+    k: float
+
+
+def berthier_cycle(eta, eps, zeta):
+    """The cycle of two steps that gradient descent keeps on Berthier's example.
+
+    Of the four equations three give k = eta c d / 2, c^2 + d^2 = 2 eps and
+    m = 2 / eta - 3 zeta c - eta c^2 / 2; the fourth is cubic in c.
+    """
+    roots = np.roots([-eta, -3 * zeta, 2 / eta + eta * eps, eps * (3 * zeta - 1)])
+    c = float(min(roots[abs(roots.imag) < 1e-12].real, key=abs))
+    d = (2 * eps - c**2) ** 0.5
+    return Cycle(c, d, 2 / eta - 3 * zeta * c - eta * c**2 / 2, eta * c * d / 2)
 
 
 class Traced:

@@ -20,7 +20,7 @@ KEY = jax.random.key(0)
 
 
 def pair_of_valleys(params):
-    """Two of Berthier's examples side by side, both of the same sharpness y."""
+    """Two valleys of Berthier's kind side by side, each of the sharpness y."""
     x, y = params["x"], params["y"]
     return jnp.sum(y * x**2 / 2 - jnp.array([0.01, 0.03]) * y)
 

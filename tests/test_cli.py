@@ -280,7 +280,10 @@ def test_the_principal_flow_is_exact_where_it_is_small():
     assert rank_of("principal:1", 2, size=choices.EXACT + 1) == 1
 
 
-TOYS = ("quadratic", "quartic-well", "factorization", "banana", "cosine", "berthier")
+TOYS = (
+    *("quadratic", "quartic-well", "factorization", "banana", "cosine"),
+    *("berthier", "berthier-circle", "berthier-matrix"),
+)
 
 
 @pytest.mark.slow

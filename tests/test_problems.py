@@ -14,6 +14,8 @@ from jax.flatten_util import ravel_pytree
 from rodjax.problems import (
     Problem,
     berthier,
+    berthier_circle,
+    berthier_matrix,
     digits,
     digits_mlp,
     factorization,
@@ -30,6 +32,8 @@ ALL = {
     "quadratic": partial(quadratic, [2.0, 1.0], seed=1),
     "quartic_well": quartic_well,
     "berthier": berthier,
+    "berthier_circle": berthier_circle,
+    "berthier_matrix": berthier_matrix,
     "factorization": partial(factorization, (4, 3, 2), [2.0, 1.0]),
     "scalar_factorization": scalar_factorization,
     "digits_mlp": partial(digits_mlp, 12, widths=(5,)),
@@ -116,61 +120,42 @@ def test_quartic_well_settles_on_its_two_cycle(eta):
     np.testing.assert_allclose(jax.hessian(problem.loss)(jnp.zeros(())), 2.5)
 
 
-ETA, EPS = 0.3, 0.01
-
-
-def berthier_cycle(zeta):
-    return {"x": math.sqrt(2 * EPS), "y": 2 / ETA + 2 * EPS * zeta}
-
-
-@pytest.mark.parametrize("zeta", [0.0, 0.5, 1.0, 3.0])
-def test_berthier_two_cycle(zeta):
-    cycle = berthier_cycle(zeta)
-    problem = berthier(eps=EPS, zeta=zeta, initial=(cycle["x"], cycle["y"]))
-    path = descend(problem, problem.params, ETA, 6)
-    np.testing.assert_allclose(path["y"], cycle["y"], rtol=1e-6)
-    alternating = cycle["x"] * (-1.0) ** np.arange(1, 7)
-    np.testing.assert_allclose(path["x"], alternating, rtol=1e-5)
-
-
-@pytest.mark.parametrize("zeta", [0.0, 0.5, 1.0, 3.0])
-def test_berthier_two_cycle_attracts_above_half_eta(zeta):
-    problem = berthier(eps=EPS, zeta=zeta)
-
-    def step(w):
-        return w - ETA * jnp.stack(jax.grad(lambda v: problem.loss(as_dict(v)))(w))
-
-    as_dict = lambda v: {"x": v[0], "y": v[1]}
-    point = jnp.array(list(berthier_cycle(zeta).values()))
-    two_steps = jax.jit(jax.jacobian(lambda w: step(step(w))))(point)
-    # A complex pair: both factors over two steps have the same modulus.
-    moduli = np.abs(np.linalg.eigvals(np.asarray(two_steps)))
-    np.testing.assert_allclose(moduli, 1 - 2 * EPS * ETA * (2 * zeta - ETA), rtol=1e-5)
-
-
-@pytest.mark.parametrize(("zeta", "off"), [(1.0, 0.01), (3.0, 1e-6)])
-def test_berthier_started_near_the_edge_ends_on_its_cycle(zeta, off):
-    problem = berthier(eps=EPS, zeta=zeta, initial=(0.1, 6.5))
-    path = descend(problem, problem.params, ETA, 1200)
-    cycle = berthier_cycle(zeta)
-    np.testing.assert_allclose(path["x"][-2:] ** 2, cycle["x"] ** 2, rtol=off)
-    np.testing.assert_allclose(path["y"][-2:], cycle["y"], rtol=off)
-    assert float(path["x"][-1] * path["x"][-2]) < 0
-
-
-def test_berthier_without_a_kick_only_sharpens():
-    problem = berthier(eps=EPS)
-    path = descend(problem, problem.params, ETA, 1000)
-    assert float(jnp.abs(path["x"]).max()) == 0
-    np.testing.assert_allclose(path["y"][-1], 5 + 1000 * ETA * EPS, rtol=1e-5)
-
-
 def test_berthier_curvature():
     problem = berthier(zeta=2.0, initial=(0.3, 4.0))
     hessian = jax.hessian(problem.loss)(problem.params)
-    np.testing.assert_allclose(hessian["x"]["x"], 4.0 - 3 * 2.0 * 0.3**2, rtol=1e-6)
+    np.testing.assert_allclose(hessian["x"]["x"], 4.0 + 3 * 2.0 * 0.3, rtol=1e-6)
     np.testing.assert_allclose(hessian["x"]["y"], 0.3, rtol=1e-6)
     np.testing.assert_allclose(hessian["y"]["y"], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "forcing"),
+    [
+        (berthier, [1.0, 1.0]),
+        (berthier_circle, [1.0, 1.0, 0.0]),
+        (berthier_matrix, [1.0, 0.0, 2.0, 1.0, 1.0]),
+    ],
+)
+def test_berthier_starts_in_the_valley_at_sharpness_five(make, forcing):
+    problem = make(eps=0.02)
+    values = spectrum_at(problem, problem.params)
+    np.testing.assert_allclose(values[-1], 5.0, rtol=1e-6)
+    flat = np.size(problem.params["y"])
+    np.testing.assert_allclose(values[:flat], 0.0, atol=1e-6)
+    # Only the forcing slopes.
+    slope, _ = ravel_pytree(jax.grad(problem.loss)(problem.params))
+    np.testing.assert_allclose(slope, -0.02 * np.array(forcing), rtol=1e-6)
+
+
+def test_berthier_circle_and_matrix_off_the_valley():
+    x, y = 0.4, np.array([3.0, -4.0])
+    problem = berthier_circle(eps=0.1, initial=(x, *y))
+    expected = (5 + 3 * math.exp(x / 2)) * x**2 / 2 - 0.1 * (x + 3)
+    np.testing.assert_allclose(problem.loss(problem.params), expected, rtol=1e-6)
+    problem = berthier_matrix(eps=0.1, initial=(1.0, -2.0, 3.0, 4.0, 5.0))
+    square = 3 * 1 + 4 * 4 + 2 * 5 / math.sqrt(2) * 1 * -2
+    expected = square / 2 + (1 - 8) / 2 - 0.1 * (1 + 6 + 4 + 5)
+    np.testing.assert_allclose(problem.loss(problem.params), expected, rtol=1e-5)
 
 
 def test_factorization_target_has_the_prescribed_singular_values():
@@ -223,6 +208,12 @@ NAN = float("nan")
         (berthier, (), {"eps": 0.0}, "eps=0.0"),
         (berthier, (), {"zeta": NAN}, "zeta="),
         (berthier, (), {"initial": (1.0,)}, "initial has 1"),
+        (berthier_circle, (), {"eps": -1.0}, "eps=-1.0"),
+        (berthier_circle, (), {"initial": (0.0, 5.0)}, "initial has 2"),
+        (berthier_circle, (), {"initial": (1.0, 0.0, 0.0)}, "y = 0"),
+        (berthier_circle, (), {"initial": (0.0, NAN, 1.0)}, "initial="),
+        (berthier_matrix, (), {"eps": math.inf}, "eps=inf"),
+        (berthier_matrix, (), {"initial": (0.0, 5.0)}, "initial has 2"),
         (factorization, ((2, 0, 2), [1.0]), {}, "dims="),
         (factorization, ((2, 2), [1.0]), {}, "dims="),
         (factorization, ((2, 2, 2), [1.0, 1.0, 1.0]), {}, "singular_values="),

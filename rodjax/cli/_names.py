@@ -73,10 +73,12 @@ PROBLEMS: Mapping[str, Choice] = {
         partial(problems.quartic_well, initial=0.1),
         "one parameter that oscillates at the edge for ever",
     ),
-    # Far below the edge the oscillation would die out to exactly zero.
-    "berthier": Choice(
-        partial(problems.berthier, initial=(0.1, 6.5)),
-        "progressive sharpening in two parameters",
+    "berthier": Choice(problems.berthier, "progressive sharpening in two parameters"),
+    "berthier-circle": Choice(
+        problems.berthier_circle, "three parameters that go on along a circular edge"
+    ),
+    "berthier-matrix": Choice(
+        problems.berthier_matrix, "five parameters, two eigenvalues at the edge"
     ),
     "factorization": Choice(
         partial(problems.factorization, (4, 4, 4), (2.0, 1.0, 0.5, 0.2)),

@@ -39,7 +39,8 @@ def covariance(dynamics: Dynamics, *, rank: int = 3, floor: Floor = None) -> Flo
     $\tfrac{\eta^2}{2} [H, [H, \Sigma]]$. (A projection to low rank would divide by
     columns that all turn into the same eigenvector.) It is the bundle of rods without
     their drift and with linear response: the oscillation does not feel how the loss
-    flattens along it, and nothing damps its swings where the eigenvectors are fixed.
+    flattens along it, and where it does not move the centre along itself nothing damps
+    its swings.
     Source: Chodron de Courcel, arXiv 2606.05326, after its description.
 
     **Arguments**

@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from rodjax.problems._base import Data, Problem, float_dtype
+from rodjax.problems._berthier import berthier, berthier_circle, berthier_matrix
 from rodjax.problems._chunked import chunked_mean
 from rodjax.problems._cifar10 import cifar10
 from rodjax.problems._digits import digits
 from rodjax.problems._landscapes import banana, cosine
 from rodjax.problems._synthetic import clusters
 from rodjax.problems._toys import (
-    berthier,
     factorization,
     quadratic,
     quartic_well,
@@ -44,6 +44,8 @@ __all__ = [
     "Problem",
     "banana",
     "berthier",
+    "berthier_circle",
+    "berthier_matrix",
     "chunked_mean",
     "cifar10",
     "clusters",

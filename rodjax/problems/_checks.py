@@ -35,10 +35,10 @@ def check_finite(name: str, values: Sequence[float]) -> None:
         raise ValueError(f"{name}={tuple(values)} must be finite.")
 
 
-def check_pair(name: str, values: Sequence[float]) -> None:
-    """Raise `ValueError` for what is not two finite numbers."""
-    if len(values) != 2:
-        raise ValueError(f"{name} has {len(values)} numbers: give it two.")
+def check_numbers(name: str, values: Sequence[float], count: int) -> None:
+    """Raise `ValueError` for what is not so many finite numbers."""
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} numbers: give it {count}.")
     check_finite(name, values)
 
 

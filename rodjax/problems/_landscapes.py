@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rodjax.problems._base import Problem, float_dtype
-from rodjax.problems._checks import check_finite, check_pair, check_positive
+from rodjax.problems._checks import check_finite, check_numbers, check_positive
 
 
 def banana(
@@ -39,7 +39,7 @@ def banana(
     """
     dtype = float_dtype(dtype)
     check_positive("steepness", steepness)
-    check_pair("initial", initial)
+    check_numbers("initial", initial, 2)
 
     def loss(params):
         x, y = params["x"], params["y"]

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from rodjax.problems._base import Problem, float_dtype
 from rodjax.problems._checks import (
     check_finite,
-    check_pair,
+    check_numbers,
     check_positive,
     vector,
 )
@@ -118,59 +118,6 @@ def quartic_well(
     return Problem("quartic well", loss, jnp.asarray(initial, dtype))
 
 
-def berthier(
-    *,
-    eps: float = 0.01,
-    zeta: float = 1.0,
-    initial: tuple[float, float] = (0.0, 5.0),
-    dtype: DTypeLike | None = None,
-) -> Problem:
-    """A minimal example of progressive sharpening and self-stabilization.
-
-    ``L(x, y) = y x^2 / 2 - zeta x^4 / 4 - eps y``; ``y`` is the sharpness of the
-    direction ``x``, a quartic well. Per optimizer step of gradient descent (learning
-    rate ``eta``) the slow forcing raises ``y`` by ``eta eps`` (progressive sharpening)
-    and the oscillation of ``x`` lowers it by ``eta x^2 / 2``. The cycle of two steps
-    ``x = +-sqrt(2 eps)``, ``y = 2 / eta + 2 eps zeta`` balances both exactly. Small
-    swings about it are multiplied by ``sqrt(1 - 2 eps eta (2 zeta - eta))`` per step:
-    it attracts for ``zeta > eta / 2`` and weakly repels for ``zeta = 0``.
-
-    The loss is unbounded below: wide swings of ``x`` escape. At exactly ``x = 0``, as
-    by default, gradient descent never oscillates and ``y`` rises for ever; to compare
-    with it start near the edge, e.g. at ``(0.1, 6.5)`` for ``eta = 0.3``.
-
-    Args:
-        eps: the forcing, positive.
-        zeta: strength of the quartic term; the stabilization wants it positive.
-        initial: the initial ``(x, y)``.
-        dtype: of the parameters; None for JAX's default float.
-
-    Returns:
-        The problem, with parameters ``{"x": [], "y": []}``.
-
-    Raises:
-        ValueError: ``eps`` is not positive, or another argument is unfit.
-
-    Source: Berthier, arXiv 2609.01034 (reconstructed from a description of it).
-
-    Example:
-        >>> problem = berthier(initial=(2.0, 5.0))
-        >>> round(float(problem.loss(problem.params)), 4)  # 5 * 4/2 - 16/4 - 0.01 * 5
-        5.95
-    """
-    dtype = float_dtype(dtype)
-    check_positive("eps", eps)
-    check_finite("zeta", [zeta])
-    check_pair("initial", initial)
-
-    def loss(params):
-        x, y = params["x"], params["y"]
-        return y * x**2 / 2 - zeta * x**4 / 4 - eps * y
-
-    x, y = (jnp.asarray(v, dtype) for v in initial)
-    return Problem("berthier", loss, {"x": x, "y": y})
-
-
 def factorization(
     dims: tuple[int, int, int],
     singular_values: Sequence[float] | ArrayLike,
@@ -270,7 +217,7 @@ def scalar_factorization(
     """
     dtype = float_dtype(dtype)
     check_finite("target", [target])
-    check_pair("initial", initial)
+    check_numbers("initial", initial, 2)
 
     def loss(params):
         return (params["a"] * params["b"] - target) ** 2 / 2
