@@ -7,8 +7,8 @@ and the optimizer itself is run at each of them. The table has, for each flow, o
 rates at which the run does not diverge, the rank correlation (Spearman) of predicted
 and true loss at the end and the median relative error; how many of the rates at which
 the run is lost the flow calls lost too, and how many others it does; and what the
-forecast costs, compiled, beside the runs. A rate is lost where the run diverges or its loss ends
-above that at the start.
+forecast costs, compiled, beside the runs. A rate is lost where the run diverges or its
+loss ends above that at the start.
 
     python benchmarks/forecast.py
     python benchmarks/forecast.py --rows mlp-adam --steps 400
