@@ -109,15 +109,14 @@ def _first(trial: Trial, state: State, slots: list[list[int]]) -> float | None:
         response = gather(forced)
         told = np.einsum("...ij,...j->...i", free, gather(some))
         told += response * g[..., None]
+        if not g.size:
+            continue
         # Linear, and of each coordinate by itself; written so that NaN is neither.
         if not np.all(np.abs(gather(seen) - told) <= APART * np.abs(told).max()):
             return None
-        if g.size:
-            n = len(slot)
-            found.append(
-                _crossing(free.reshape(-1, n, n)[0], response.reshape(-1, n)[0])
-            )
-    curvature, angle = min(found)
+        n = len(slot)
+        found.append(_crossing(free.reshape(-1, n, n)[0], response.reshape(-1, n)[0]))
+    curvature, angle = min(found, default=(math.inf, math.pi))
     return angle if curvature < math.inf else None
 
 
