@@ -14,8 +14,10 @@ from rodjax.optimizer import Dynamics, Loss, State, coordinate_thresholds, dynam
 from rodjax.training._quantities import BATCHES
 from rodjax.training._trees import along, like, over, unit, wide
 
-# Of a random vector, in what an iteration first starts from: no symmetry traps it.
+# Of another vector, in what an iteration starts from: it is not trapped by where it is.
 ASIDE = 0.1
+# Products to begin with, before there is a vector of the last probe.
+FIRST = 20
 
 
 class Curved:
@@ -25,20 +27,21 @@ class Curved:
         self.loss, self.params = loss, params
 
     @cached_property
-    def _linear(self) -> Any:
+    def linear(self) -> Any:
+        """Its value and gradient, and how they change; first asked for in no loop."""
         return jax.linearize(jax.value_and_grad(self.loss), self.params)
 
     @property
     def value(self) -> Array:
-        return self._linear[0][0]
+        return self.linear[0][0]
 
     @property
     def grad(self) -> PyTree:
-        return self._linear[0][1]
+        return self.linear[0][1]
 
     def product(self, vector: PyTree) -> PyTree:
         """H vector, in single precision at least."""
-        return wide(self._linear[1](like(vector, self.params))[1])
+        return wide(self.linear[1](like(vector, self.params))[1])
 
 
 class Tracked(NamedTuple):
@@ -76,18 +79,23 @@ def refined(
     if root is not None:
         safe = lambda r: jnp.where(r > 0, 1 / jnp.where(r > 0, r, 1), 0)
         inverse = jax.tree.map(safe, root)
-    before = wide(direction)
+    before, _ = wide(direction), curved.linear
 
-    def begin() -> PyTree:
-        some = random_direction(before)
-        downhill = unit(both(wide(grad), root))
-        return jax.tree.map(lambda x, y: x + ASIDE * y, downhill, unit(some))
-
+    downhill = unit(both(wide(grad), root))
+    aside = lambda a, b: jax.tree.map(lambda x, y: x + ASIDE * y, a, b)
     fresh = optax.tree.max(jax.tree.map(jnp.abs, before)) == 0
-    guess = jax.lax.cond(fresh, begin, lambda: unit(both(before, inverse)))
+    guess = jax.lax.cond(
+        fresh,
+        lambda: aside(downhill, unit(random_direction(before))),
+        # Another direction may have become the largest; this one alone stays itself.
+        lambda: aside(unit(both(before, inverse)), downhill),
+    )
     # What no curvature moves has no part in the direction either.
     product = lambda v: both(curved.product(both(v, root)), root)
-    pair = refined_eigenpair(product, guess, products)
+    again = lambda _, pair: refined_eigenpair(product, pair.vector, products)
+    none = jnp.zeros((), jnp.result_type(*jax.tree.leaves(guess)))
+    rounds = jnp.where(fresh, -(-FIRST // products), 1)
+    pair = jax.lax.fori_loop(0, rounds, again, Eigenpair(none, guess, none))
     return pair, unit(both(pair.vector, inverse))
 
 
@@ -173,7 +181,7 @@ class _Block(Curved):
     """The Hessian's block of some leaves."""
 
     def __init__(self, whole: Curved, mine: list[int]):
-        self.whole, self.mine = whole, mine
+        self.whole, self.mine, self.linear = whole, mine, whole.linear
 
     def product(self, vector: list[Array]) -> list[Array]:
         leaves, structure = jax.tree.flatten(self.whole.params)

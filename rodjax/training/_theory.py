@@ -1,6 +1,7 @@
 """Whether linear theory has a threshold for an optimizer, or why it has none."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def _reason(
             linear = _is_linear(of, full(0.0))
         except ValueError as error:
             return str(error).strip().splitlines()[0]
-    if not any(bool(jnp.isfinite(edge.curvature)) for edge in edges):
+    if not any(math.isfinite(edge.curvature) for edge in edges):
         return "no curvature makes its steps unstable, as where a rate is zero"
     if not linear:
         return (

@@ -101,8 +101,8 @@ def watch(
       do not pay for it; `jax.vmap` over states makes all steps pay.
     - `quantities`: names to watch; `None` for the default.
     - `products`: with the Hessian for each largest eigenvalue at a probe, from the
-      vector of the last on (`rodjax.linalg.refined_eigenpair`). Values approach from
-      below, and the residual tells how near they are.
+      vector of the last on (`rodjax.linalg.refined_eigenpair`); about 20 the first
+      time. Values approach from below, and the residual tells how near they are.
     - `full_batch`: whether every step has the same loss. Its next `value` then tells
       what the last step has gained.
     - `probe_fn`: the loss of a fixed larger set, params -> scalar, for loops that
