@@ -6,6 +6,7 @@ called, options, files and progress. Must not know: any mathematics, which it ca
 
 import typer
 
+from rodjax.cli._inspect import inspect
 from rodjax.cli._list import listing
 from rodjax.cli._run import run
 from rodjax.cli._sweep import sweep
@@ -15,6 +16,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command()(run)
 app.command()(sweep)
+app.command()(inspect)
 app.command("list")(listing)
 
 

@@ -40,7 +40,7 @@ def load(spec: str, settings: Sequence[str] = (), dtype: str | None = None) -> P
     whatever keeps the problem from being run.
     """
     try:
-        source, name, found = _find(spec)
+        source, name, found = find(spec)
         if isinstance(found, Problem) or not callable(found):
             made = _ready(name, found, settings)
         else:
@@ -78,7 +78,7 @@ def _ready(name: str, found: Any, settings: Sequence[str]) -> Any:
     return found
 
 
-def _find(spec: str) -> tuple[Source, str, Any]:
+def find(spec: str) -> tuple[Source, str, Any]:
     """The module, the name in it and what it stands for."""
     place, colon, name = spec.rpartition(":")
     if not colon or name.endswith(".py"):

@@ -71,9 +71,8 @@ def run(
         shared.check_steps(warmup, steps, every, substeps)
         hyperparameters = dict(map(choices.hyperparameter, settings or []))
         chosen = shared.problem(problem, dtype, problem_settings)
-        dynamics = make_dynamics(
-            choices.optimizer(optimizer, hyperparameters), chosen.loss
-        )
+        build = shared.optimizer(optimizer, hyperparameters)
+        dynamics = make_dynamics(build, chosen.loss)
         edge, remark, exists = shared.edge(dynamics, chosen, lr)
         # Which the remark says.
         warnings.simplefilter("ignore", PeriodWarning)
@@ -86,7 +85,7 @@ def run(
                 lambda w, m=model: m.init(w, lr=lr, key=jax.random.key(0)), window
             )
         method = choices.solver(solver)
-        _prepare(out, overwrite)
+        shared.prepare(out, FILES, overwrite)
 
     head: dict[str, Any] = {
         "problem": chosen.name,
@@ -175,26 +174,6 @@ def _own(problem: Problem, path: Trajectory) -> dict[str, float | None]:
         f"final_{name}": number(last_finite(path.metrics[name]))
         for name in problem.metrics
     }
-
-
-def _prepare(out: Path, overwrite: bool) -> None:
-    import xarray  # noqa: F401  (to fail before the run, not after it)
-
-    found = [name for name in FILES if (out / name).exists()]
-    if found and not overwrite:
-        raise ValueError(
-            f"--out {out} already holds {', '.join(found)}: give another directory, or "
-            "--overwrite"
-        )
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is not a directory")
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        (out / PART).touch()
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written to: {error}") from None
-    for name in (*found, PART):
-        (out / name).unlink()
 
 
 def _write(

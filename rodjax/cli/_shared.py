@@ -1,9 +1,10 @@
 """What the commands share: options, their checks, numbers as text and as JSON."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -14,8 +15,9 @@ from jaxtyping import PyTree
 
 from rodjax.cli import _names as choices
 from rodjax.cli import _own as own
+from rodjax.cli._own_optimizer import load_optimizer
 from rodjax.flows import Floor, Flow
-from rodjax.optimizer import Dynamics, first_edge
+from rodjax.optimizer import Dynamics, OptimizerFactory, first_edge
 from rodjax.problems import Problem
 from rodjax.solve import Metric, edge_of_stability, monitor
 
@@ -32,7 +34,10 @@ ProblemSettings = Annotated[
 ]
 OptimizerName = Annotated[
     str,
-    typer.Option(help=f"One of {', '.join(choices.OPTIMIZERS)}, or Optax's name."),
+    typer.Option(
+        help=f"One of {', '.join(choices.OPTIMIZERS)}, or Optax's name. Or your own "
+        f"function of the learning rate, as {' or '.join(own.FORMS)}."
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -95,6 +100,12 @@ def problem(name: str, dtype: str, settings: list[str] | None) -> Problem:
     return found._replace(name=name)
 
 
+def optimizer(name: str, settings: Mapping[str, Any]) -> OptimizerFactory:
+    """A function from the learning rate to the named optimizer, or the user's own."""
+    find = load_optimizer if own.is_own(name) else choices.optimizer
+    return find(name, settings)
+
+
 def precision(problem: Problem) -> str:
     """The dtype of its parameters, which a user's own problem chooses."""
     return str(jnp.result_type(*jax.tree.leaves(problem.params)))
@@ -133,6 +144,31 @@ def check_steps(warmup: int, steps: int, every: int, substeps: int) -> None:
         raise ValueError(
             f"--steps {steps} must be a positive multiple of --every {every}"
         )
+
+
+def prepare(out: Path, files: Sequence[str], overwrite: bool) -> None:
+    """Make the directory `out`, without these files and fit to be written to.
+
+    **Raises** `ValueError` where it is not, or holds one of them.
+    """
+    import xarray  # noqa: F401  (to fail before anything is computed, not after it)
+
+    found = [name for name in files if (out / name).exists()]
+    if found and not overwrite:
+        raise ValueError(
+            f"--out {out} already holds {', '.join(found)}: give another directory, or "
+            "--overwrite"
+        )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is not a directory")
+    out.mkdir(parents=True, exist_ok=True)
+    trial = out / ".part"
+    try:
+        trial.touch()
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written to: {error}") from None
+    for path in (trial, *(out / name for name in found)):
+        path.unlink()
 
 
 def flow_names(flows: str) -> list[str]:

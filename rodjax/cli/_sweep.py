@@ -114,7 +114,7 @@ def sweep(
         if others or floor:
             build = choices.optimizer_family(optimizer, hyperparameters, others)
         else:
-            build = choices.optimizer(optimizer, hyperparameters)
+            build = shared.optimizer(optimizer, hyperparameters)
         dynamics = make_dynamics(build, chosen.loss)
         models = shared.build_flows(
             wanted,
