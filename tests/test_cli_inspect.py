@@ -75,7 +75,7 @@ def inspect(folder, out, *more):
 
 def test_every_checkpoint_and_a_forecast(folder, tmp_path):
     out = tmp_path / "out"
-    found = inspect(folder, out, "--forecast=8", "--lrs=0.25,0.5,1.0", "--runs")
+    found = inspect(folder, out, "--forecast=16", "--lrs=0.25,0.5,1.0", "--runs")
     assert found.exit_code == 0, found.output
     data = xarray.open_dataset(out / "result.nc", engine="h5netcdf")
     assert data.step.values.tolist() == list(STEPS)
@@ -88,7 +88,7 @@ def test_every_checkpoint_and_a_forecast(folder, tmp_path):
     # Of a quadratic: half the curvature along the step.
     np.testing.assert_allclose(data.realized_edge, LR * bend / slope / 2, rtol=1e-4)
     ahead = xarray.open_dataset(out / "forecast.nc", engine="h5netcdf")
-    assert dict(ahead.loss.sizes) == {"flow": 3, "lr": 3, "step": 9}
+    assert dict(ahead.loss.sizes) == {"flow": 3, "lr": 3, "step": 17}
     summary = json.loads((out / "summary.json").read_text())
     assert summary["largest_lr"]["run"] == pytest.approx(0.5)
     assert [row["status"] for row in summary["checkpoints"]] == ["below"] * 3
