@@ -75,7 +75,7 @@ def inspect(folder, out, *more):
 
 def test_every_checkpoint_and_a_forecast(folder, tmp_path):
     out = tmp_path / "out"
-    found = inspect(folder, out, "--forecast=16", "--lrs=0.25,0.5,1.0", "--runs")
+    found = inspect(folder, out, "--forecast=16", "--lrs=0.25,0.5,2.0", "--runs")
     assert found.exit_code == 0, found.output
     data = xarray.open_dataset(out / "result.nc", engine="h5netcdf")
     assert data.step.values.tolist() == list(STEPS)
