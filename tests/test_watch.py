@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -29,7 +30,7 @@ def loss(w, shift=0.0):
 
 
 def labelled():
-    parts = {"x": optax.sgd(0.05, momentum=0.9), "y": optax.adam(0.05)}
+    parts: dict[Any, Any] = {"x": optax.sgd(0.05, momentum=0.9), "y": optax.adam(0.05)}
     return optax.multi_transform(parts, {"a": "x", "b": "y"})
 
 
@@ -84,7 +85,7 @@ SHIFTS = 0.1 * jnp.arange(7)
 ALL = ("value", "grad", "value_fn")
 
 
-def descended(optimizer, names, given=None):
+def descended(optimizer, names, given):
     """Updates and inner states of some steps, by `jax.lax.scan`.
 
     `given`: the losses and gradients. They come in from outside, since the compiler
@@ -148,6 +149,7 @@ def test_updates_and_state_are_bit_for_bit_those_without(name):
         assert_unchanged(plain(OPTIMIZERS[name]()), own, quantities=LIGHT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adam", "clipped", "multi_transform"])
 def test_so_they_are_with_all_that_can_be_watched(name):
     left_out = ("block_sharpness", "share", "noise_interaction")
@@ -206,7 +208,7 @@ def test_lanes_of_learning_rates_have_a_report_each():
 
     def run(rate):
         params = jnp.array([1.0, 0.5])
-        state = tx.init(params)
+        state: Any = tx.init(params)
         state.inner.hyperparams["learning_rate"] = rate
         for _ in range(3):
             updates, state = tx.update(
@@ -268,8 +270,9 @@ def test_errors_name_what_is_wrong():
         watch(optax.sgd(0.1), quantities=("oscillation",))
     with pytest.raises(ValueError, match="every=0"):
         watch(optax.sgd(0.1), every=0)
+    three: Any = lambda path: 3
     with pytest.raises(ValueError, match=r"by must .*\['a'\].* 3"):
-        watch(optax.sgd(0.1), by=lambda path: 3).init(START)
+        watch(optax.sgd(0.1), by=three).init(START)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +305,7 @@ def test_a_loop_that_gives_no_loss_is_told_so():
 def test_a_report_is_found_wherever_it_is():
     tx = watch(optax.sgd(0.1), quantities=("update_ratio",))
     chained = optax.chain(optax.clip(1.0), tx, optax.identity())
-    parts = {"x": chained, "y": optax.sgd(0.1)}
+    parts: dict[Any, Any] = {"x": chained, "y": optax.sgd(0.1)}
     whole = optax.multi_transform(parts, {"a": "x", "b": "x"})
     state = {"opt": [whole.init(START)], "params": START}
     assert set(report(state)) == {"update_ratio", "status", "probed_at", "step"}

@@ -11,6 +11,8 @@ import optax
 import pytest
 from flax import linen, nnx
 from flax.training.train_state import TrainState
+from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event
 
 from rodjax.training import STATUS, report, watch
 
@@ -144,10 +146,7 @@ def records(file):
 
 
 def test_a_file_of_tensorboard(tmp_path):
-    tensorboard = pytest.importorskip("tensorboardX")
-    from tensorboardX.proto.event_pb2 import Event
-
-    with tensorboard.SummaryWriter(str(tmp_path)) as writer:
+    with SummaryWriter(str(tmp_path)) as writer:
 
         def log(found):
             for name, x in found.items():

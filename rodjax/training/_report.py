@@ -45,7 +45,7 @@ def report(state: PyTree) -> dict[str, Any]:
 
     ```
     """
-    found = jax.tree.leaves(state, is_leaf=_is_watch)
+    found: list[Any] = jax.tree.leaves(state, is_leaf=_is_watch)
     found = [x for x in found if _is_watch(x)]
     if len(found) != 1:
         many = "no watch" if not found else f"{len(found)} watches"
@@ -53,15 +53,16 @@ def report(state: PyTree) -> dict[str, Any]:
             f"there is {many} in this state, where report wants one: give the state of "
             "an optimizer that rodjax.training.watch was put around"
         )
-    field = found[0].get if isinstance(found[0], Mapping) else found[0]._asdict().get
-    entries = {}
-    for key, kept in dict(field("values")).items():
+    (watched,) = found
+    fields = watched if isinstance(watched, Mapping) else watched._asdict()
+    entries: dict[str, Any] = {}
+    for key, kept in fields["values"].items():
         name, slash, group = key.partition("/")
         xp, numbers = _array(kept)
         for ending, x in QUANTITIES[name].read(numbers, xp).items():
             entries[f"{name}{ending}{slash}{group}"] = x
     for name in ("status", "probed_at", "step"):
-        entries[name] = _array(field(name))[1]
+        entries[name] = _array(fields[name])[1]
     return entries
 
 

@@ -32,13 +32,13 @@ SURE = 2.0
 class Course(NamedTuple):
     """What the loss and the ratio have been.
 
-    - `count`, `mean`, `spread`: of the losses since the last probe, as Welford's.
+    - `losses`, `mean`, `spread`: of the losses since the last probe, as Welford's.
     - `before`: count, mean and squared standard error of those before it.
     - `lost`: whether the last of them was not finite.
     - `ratio`: average of the ratio over a few probes; zero before the first.
     """
 
-    count: Float[Array, ""]
+    losses: Float[Array, ""]
     mean: Float[Array, ""]
     spread: Float[Array, ""]
     before: Float[Array, "3"]
@@ -55,7 +55,7 @@ def no_course(dtype: jnp.dtype) -> Course:
 def with_loss(course: Course, loss: Array) -> Course:
     """One loss more. One that is not finite counts as nothing."""
     loss = jnp.asarray(loss, course.mean.dtype)
-    count = course.count + 1
+    count = course.losses + 1
     off = loss - course.mean
     mean = course.mean + off / count
     spread = course.spread + off * (loss - mean)
@@ -63,7 +63,7 @@ def with_loss(course: Course, loss: Array) -> Course:
     keep = lambda new, old: jnp.where(ok, new, old)
     return course._replace(
         lost=~ok,
-        count=keep(count, course.count),
+        losses=keep(count, course.losses),
         mean=keep(mean, course.mean),
         spread=keep(spread, course.spread),
     )
@@ -91,12 +91,12 @@ def next_status(
     Unstable is a ratio above the edge while the loss rises by more than its scatter
     tells, and stays so until the ratio is back or the loss falls.
     """
-    error = course.spread / jnp.maximum(course.count - 1, 1)
-    error = error / jnp.maximum(course.count, 1)
+    error = course.spread / jnp.maximum(course.losses - 1, 1)
+    error = error / jnp.maximum(course.losses, 1)
     count, mean, its_error = course.before
     change = course.mean - mean
     sure = SURE * jnp.sqrt(error + its_error)
-    both = (count > 0) & (course.count > 0)
+    both = (count > 0) & (course.losses > 0)
     rises, falls = both & (change > sure), both & (change < -sure)
 
     is_unstable = status == UNSTABLE
@@ -116,11 +116,11 @@ def next_status(
 
     first = course.ratio == 0
     ratio = jnp.where(first, look.ratio, PAST * course.ratio + (1 - PAST) * look.ratio)
-    before = jnp.stack([course.count, course.mean, error])
-    zero = jnp.zeros_like(course.count)
-    some = course.count > 0
+    before = jnp.stack([course.losses, course.mean, error])
+    zero = jnp.zeros_like(course.losses)
+    some = course.losses > 0
     return word.astype(status.dtype), Course(
-        jnp.where(some, zero, course.count),
+        jnp.where(some, zero, course.losses),
         jnp.where(some, zero, course.mean),
         jnp.where(some, zero, course.spread),
         jnp.where(some, before, course.before),

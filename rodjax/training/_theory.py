@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +41,10 @@ def no_threshold(optimizer: optax.GradientTransformation, params: PyTree) -> str
 
 @functools.lru_cache(maxsize=64)
 def _reason(
-    same: Same, structure: jax.tree_util.PyTreeDef, shapes: tuple
+    same: Same, structure: Any, shapes: tuple[tuple[tuple[int, ...], Any], ...]
 ) -> str | None:
-    loss = lambda w: sum(jnp.sum(x * x) for x in jax.tree.leaves(w))
+    squares = lambda w: [jnp.sum(x * x) for x in jax.tree.leaves(w)]
+    loss = lambda w: jnp.sum(jnp.stack(squares(w)))
     full = lambda value: structure.unflatten([jnp.full(s, value, d) for s, d in shapes])
     # On numbers, since what is traced cannot be looked into.
     with jax.ensure_compile_time_eval(), jax.debug_nans(False):
@@ -77,4 +79,4 @@ def _is_linear(of: Dynamics, params: PyTree) -> bool:
         jax.tree.map(lambda x, y, z: jnp.abs(z - 2 * y + x), none, one, two)
     )
     far = optax.tree.max(jax.tree.map(lambda x, y: jnp.abs(y - x), none, two))
-    return bool(bend <= BENT * far)
+    return bool(jnp.asarray(bend) <= BENT * jnp.asarray(far))

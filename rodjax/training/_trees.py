@@ -28,7 +28,7 @@ def unit(tree: PyTree) -> PyTree:
     """Of unit length; as it is where that is zero."""
     tree = wide(tree)
     # Of the largest entry first, where squares would underflow.
-    tree = _over(tree, optax.tree.max(jax.tree.map(jnp.abs, tree)))
+    tree = _over(tree, jnp.asarray(optax.tree.max(jax.tree.map(jnp.abs, tree))))
     return _over(tree, jnp.sqrt(linalg.dot(tree, tree)))
 
 

@@ -102,7 +102,8 @@ def watch(
     - `quantities`: names to watch; `None` for the default.
     - `products`: with the Hessian for each largest eigenvalue at a probe, from the
       vector of the last on (`rodjax.linalg.refined_eigenpair`); about 20 the first
-      time. Values approach from below, and the residual tells how near they are.
+      time. Values approach from below, and the residual tells how near they are: on
+      digits below 0.1 within 5 %, and above in a burst, where the direction turns.
     - `full_batch`: whether every step has the same loss. Its next `value` then tells
       what the last step has gained.
     - `probe_fn`: the loss of a fixed larger set, params -> scalar, for loops that
@@ -199,7 +200,7 @@ def watch(
         )
 
     def update(
-        updates: PyTree, state: WatchState, params: PyTree = None, **extra: Any
+        updates: PyTree, state: Any, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, WatchState]:
         if params is None:
             raise ValueError("watch needs the parameters: call update(..., params)")
@@ -216,10 +217,10 @@ def watch(
         values, course = dict(state.values), state.course
         size = lengths(given, steps, dtype)
         if "realized_edge" in there and full_batch:
-            edge = last_edge(values["realized_edge"], given.value, size)
-            values["realized_edge"] = edge
+            value = jnp.asarray(given.value)
+            values["realized_edge"] = last_edge(values["realized_edge"], value, size)
         if counts:
-            course = with_loss(course, given.value)
+            course = with_loss(course, jnp.asarray(given.value))
         kept = Kept(values, state.directions, course, state.status, state.probed_at)
         kept = jax.lax.cond(
             step % every == 0,
@@ -243,7 +244,7 @@ def watch(
             directions["alternation/2"] = back[0]
         return steps, WatchState(
             inner,
-            optax.safe_increment(step),
+            jnp.asarray(optax.safe_increment(step)),
             kept.probed_at,
             kept.status,
             values,
