@@ -16,6 +16,7 @@ ROOMS = (
     "curvature",
     "flows",
     "solve",
+    "training",
     "sweeps",
     "transforms",
     "problems",
