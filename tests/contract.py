@@ -74,8 +74,9 @@ FLOWS = {
     name: Variant(name, {}, SERVES[record.serves]) for name, record in REGISTRY.items()
 } | VARIANTS
 PAIRS = [(name, optimizer) for name in FLOWS for optimizer in FLOWS[name].serves]
-# Of the flows that compile slowly, the optimizers of the quick suite.
+# Where all that a flow serves would take long, the optimizers of the quick suite.
 QUICK = {
+    "stable": ("sgd", "adam", "scalar_rmsprop"),
     "rod": ("sgd", "adam"),
     "rod plain": ("sgd",),
     "bundle": ("rmsprop",),

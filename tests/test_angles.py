@@ -57,7 +57,7 @@ def test_linear_map_of_momentum():
         ("heavy ball", 0.5, 0.9**0.5),
         ("heavy ball", 0.9, 0.9**0.5),
         ("heavy ball", 1.0, 1.0),
-        ("averaged momentum", 0.5, 0.9**0.5),
+        pytest.param(*("averaged momentum", 0.5, 0.9**0.5), marks=pytest.mark.slow),
         ("momentum twice", 1.0, 1.0),
     ],
 )
@@ -101,7 +101,16 @@ FILTERS = {
 }
 
 
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "(0.7, 0.85)",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("(0.5, 0.5)", "(0.4, 0.7)")
+        ),
+    ],
+)
 def test_two_filters_in_a_row_lose_stability_at_another_angle(name):
     a, b = FILTERS[name]
     dynamics = rj.dynamics(
@@ -122,7 +131,7 @@ def test_two_filters_in_a_row_lose_stability_at_another_angle(name):
         np.testing.assert_allclose((gain, edge.angle / np.pi), known[name], atol=6e-4)
 
 
-@pytest.mark.parametrize("count", [3, 4])
+@pytest.mark.parametrize("count", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_longer_chain_of_filters_by_its_own_eigenvalues(count):
     """Beyond three slots the angle is looked for on a grid."""
     filters = [optax.trace(b) for b in (0.3, 0.5, 0.6, 0.2)[:count]]
@@ -164,7 +173,8 @@ OTHER = {
 
 
 @pytest.mark.parametrize(
-    "name", ["delayed", "twice", pytest.param("four", marks=pytest.mark.slow)]
+    "name",
+    ["delayed", *(pytest.param(n, marks=pytest.mark.slow) for n in ("twice", "four"))],
 )
 def test_another_angle_is_seen_in_a_few_steps(name):
     dynamics = rj.dynamics(OTHER[name], bowl)

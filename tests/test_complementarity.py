@@ -1,6 +1,7 @@
 """Semidefinite complementarity problems, against a conic solver and closed forms."""
 
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,10 @@ def reference(a, b):
     return min(found, key=lambda x: violation(a, b, x))
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6])
+# Every size compiles anew.
+@pytest.mark.parametrize(
+    "k", [*(pytest.param(k, marks=pytest.mark.slow) for k in (1, 4, 5)), 2, 3, 6]
+)
 def test_agrees_with_a_conic_solver(k):
     rng = np.random.default_rng(k)
     operators = [full(k, rng), full(k, rng), coercive(k, 1, rng), coercive(k, 2, rng)]
@@ -92,7 +96,7 @@ def test_agrees_with_a_conic_solver(k):
             np.testing.assert_allclose(x, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("k", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_no_curvature_to_balance_gives_exactly_zero(k):
     rng = np.random.default_rng(k)
     root = rng.normal(size=(k, k))
@@ -161,7 +165,7 @@ def test_an_eigenvalue_near_zero(margin):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_no_solution_is_finite_and_says_so(k, dtype):
     direction = np.zeros((1, k, k))
     direction[0, -1, -1] = k > 1
@@ -173,18 +177,20 @@ def test_no_solution_is_finite_and_says_so(k, dtype):
         assert solution.iterations <= 40
 
 
-def test_float32():
+@pytest.mark.parametrize(
+    "k", [2, 3, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 4))]
+)
+def test_float32(k):
     rng = np.random.default_rng(4)
-    for k in (1, 2, 3, 4):
-        eye = np.eye(k)
-        b = full(k, rng) + 3 * np.einsum("ik,jl->ijkl", eye, eye)
-        b = (b + b.swapaxes(2, 3)) / 2
-        here = np.arange(k) < (k + 1) // 2
-        a, x = from_solution(here * 1.0, ~here * 1.0, b, rng)
-        solution = solve(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
-        assert solution.x.dtype == solution.residual.dtype == jnp.float32
-        assert solution.residual < 1e-4
-        np.testing.assert_allclose(solution.x, x, atol=1e-4)
+    eye = np.eye(k)
+    b = full(k, rng) + 3 * np.einsum("ik,jl->ijkl", eye, eye)
+    b = (b + b.swapaxes(2, 3)) / 2
+    here = np.arange(k) < (k + 1) // 2
+    a, x = from_solution(here * 1.0, ~here * 1.0, b, rng)
+    solution = solve(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
+    assert solution.x.dtype == solution.residual.dtype == jnp.float32
+    assert solution.residual < 1e-4
+    np.testing.assert_allclose(solution.x, x, atol=1e-4)
 
 
 def test_vmap_equals_single_solves():
@@ -199,24 +205,10 @@ def test_vmap_equals_single_solves():
         assert batch.residual[index] < 1e-10
 
 
-def test_compiles_once():
-    traces = []
-
-    @jax.jit
-    def counted(a, b):
-        traces.append(None)
-        return complementarity(a, b)
-
-    rng = np.random.default_rng(6)
-    for shift in (-3.0, 0.0, 3.0):
-        counted(symmetric(rng, 3) + shift * np.eye(3), full(3, rng))
-    assert len(traces) == 1
-
-
 def test_tolerance_saves_iterations():
     rng = np.random.default_rng(7)
     a, b = symmetric(rng, 3) - np.eye(3), full(3, rng)
-    loose = complementarity(a, b, tol=1e-3)
+    loose = jax.jit(partial(complementarity, tol=1e-3))(a, b)
     assert 1e-11 < loose.residual <= 1e-3
     assert loose.iterations < solve(a, b).iterations
 
@@ -248,7 +240,11 @@ def differentiated(a, b, da, db, weight):
 
 
 @pytest.mark.parametrize(
-    "k, rank", [(1, 0), (1, 1), (2, 1), *((3, r) for r in range(4))]
+    "k, rank",
+    [
+        *(pytest.param(1, r, marks=pytest.mark.slow) for r in range(2)),
+        *((2, 1), (3, 0), (3, 1), (3, 2), (3, 3)),
+    ],
 )
 def test_derivative_along_a_path_of_known_solutions(k, rank):
     # X and S move with their eigenvectors and B at will; A is what they ask for.

@@ -110,10 +110,10 @@ def inputs_of(name):
 @pytest.mark.parametrize(
     "flow, name, warmup",
     [
-        ("gradient", "sgd", None),
+        pytest.param("gradient", "sgd", None, marks=pytest.mark.slow),
         ("modulated", "sgd", None),
         pytest.param("edge", "sgd", 2, marks=pytest.mark.slow),
-        ("stable", "adam", None),
+        pytest.param("stable", "adam", None, marks=pytest.mark.slow),
         pytest.param("rod", "sgd", None, marks=pytest.mark.slow),
         pytest.param("edge", "adam", None, marks=pytest.mark.slow),
         # Which asks for an eigenpair and for eigenvalues of the update map.

@@ -50,7 +50,17 @@ SCHEDULED = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULED)
+# One of each kind; the others are slow.
+QUICK = {"sgd", "injected", "parted"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in SCHEDULED
+    ],
+)
 def test_reads_a_schedule_at_a_step(name):
     build, constant = SCHEDULED[name]
     flat = lambda w: bowl(w) * 1e-3  # Nothing clips here.
@@ -85,8 +95,16 @@ BASES = {
 }
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", CLIPPED)
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        (name, base)
+        if base == "sgd" or (name, base) == ("by global norm", "adam")
+        else pytest.param(name, base, marks=pytest.mark.slow)
+        for name in CLIPPED
+        for base in BASES
+    ],
+)
 def test_clipping_raises_the_threshold(name, base):
     clip, share = CLIPPED[name]
     system = rj.dynamics(optax.chain(clip, BASES[base]), bowl)
