@@ -338,6 +338,13 @@ def test_a_report_inside_a_scan():
     assert np.isnan(path["realized_edge"]).tolist() == [True, False, False, False]
 
 
+def test_a_state_can_be_donated():
+    tx = watch(optax.sgd(0.1), quantities=("alternation", "sharpness"))
+    update = lambda state: tx.update(START, state, START, value_fn=loss)[1]
+    state = jax.jit(update, donate_argnums=0)(tx.init(START))
+    assert int(report(state)["step"]) == 1
+
+
 def test_a_loss_takes_its_other_arguments_by_name():
     tx = watch(optax.sgd(0.1), every=1, quantities=("step_curvature",))
     at = lambda shift: jax.grad(loss)(START, shift)

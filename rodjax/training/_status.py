@@ -47,9 +47,10 @@ class Course(NamedTuple):
 
 
 def no_course(dtype: jnp.dtype) -> Course:
-    """Before the first step."""
-    zero = jnp.zeros((), dtype)
-    return Course(zero, zero, zero, jnp.zeros(3, dtype), jnp.zeros((), bool), zero)
+    """Before the first step; of arrays of their own, which a step may donate."""
+    zero = lambda: jnp.zeros((), dtype)
+    lost, before = jnp.zeros((), bool), jnp.zeros(3, dtype)
+    return Course(zero(), zero(), zero(), before, lost, zero())
 
 
 def with_loss(course: Course, loss: Array) -> Course:
