@@ -150,6 +150,9 @@ def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
     # One more where steps that fill the span exactly are rounded to a little less.
     most = every * (method.substeps if constant else max(PATIENCE, method.substeps)) + 1
 
+    # The solver asks for the field several times: so it is traced once for all.
+    vector_field = jax.jit(lambda *args: flow.vector_field(*args))
+
     def unbounded(y: PyTree) -> Array:
         big = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(y))).max) ** 0.5
         return ~(optax.tree.norm(y) < big)
@@ -175,7 +178,7 @@ def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
             return structure.unflatten(map(jnp.astype, leaves, narrow))
 
         def field(s: Any, leaves: list[Array], lr: PyTree) -> list[Array]:
-            slope = flow.vector_field(t + s, back(leaves), lr)
+            slope = vector_field(t + s, back(leaves), lr)
             return [jnp.astype(x, wide) for x in jax.tree.leaves(slope)]
 
         # Python's numbers, for diffrax checks arrays on the host, where no program for
