@@ -29,6 +29,7 @@ def lines_of(folder):
     return (folder / "log.jsonl").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_cnn_goes_on(tmp_path, monkeypatch):
     module = example("digits_cnn")
     monkeypatch.setattr(module, "LOG", 2)
