@@ -6,9 +6,9 @@ the probe set.
 1. SGD with batches of 8 and 64, heavy ball with small and large ones: batch sharpness,
    noise interaction and full-batch sharpness over training, beside 2/eta for SGD and
    2(1-b)/eta and 2(1+b)/eta for heavy ball.
-2. Spikes: SGD, whose rate is raised fourfold in mid-run, from several seeds, and as
-   many runs without it: the step at which the status first says "unstable", the one at
-   which the loss on all samples has doubled, and how often it says so without a spike.
+2. Spikes: SGD, whose rate is raised 4, 6 and 8 times in mid-run, from several seeds,
+   and as many runs without it: the step at which the status first says "unstable", the
+   one at which the loss on all samples has doubled, and how often it says so without.
 
     python benchmarks/watch_noise.py
 """
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _common import arguments, head, row, write
+from _common import arguments, head, row, words, write
 
 import rodjax as rj
 from rodjax.training import STATUS, report, watch
@@ -33,6 +33,9 @@ RUNS: dict[str, tuple[int, float, float]] = {
     "heavy ball 0.9, 8": (8, 0.07, 0.9),
     "heavy ball 0.9, 1000": (1000, 1.0, 0.9),
 }
+SETTLES = ("batch_sharpness", "sharpness")
+#: What the rate is raised by.
+TIMES = (4.0, 6.0, 8.0)
 NAMES = ("batch_sharpness", "noise_interaction", "sharpness", "sharpness_ratio")
 SHOWN = (*NAMES[:3], "sharpness_ratio", "batch_sharpness_error", "status")
 
@@ -109,9 +112,11 @@ def settled(digits: Digits, steps: int, every: int) -> dict[str, Any]:
     return found
 
 
-def spikes(digits: Digits, seeds: int, steps: int, every: int) -> dict[str, Any]:
+def spikes(
+    digits: Digits, seeds: int, steps: int, every: int, times: float
+) -> dict[str, Any]:
     """The second part."""
-    batch, rate, times = 64, 0.2, 4.0
+    batch, rate = 64, 0.2
     optimizer = optax.inject_hyperparams(optax.sgd)(rate)
     names = ("sharpness_ratio",)
     run = course(digits, batch, optimizer, steps, every, quantities=names)
@@ -159,8 +164,8 @@ def drawn(found: dict[str, Any], every: int, file: Any) -> None:
         axis.axhline(low, color="k", linestyle="--", linewidth=1)
         if high != low:
             axis.axhline(high, color="k", linestyle=":", linewidth=1)
-        # A diverging ratio of a vanishing gradient hides all else.
-        axis.set_ylim(0, 1.5 * max(path["batch_sharpness"][-1], low))
+        # Noise over a vanishing gradient would hide all else.
+        axis.set_ylim(0, 1.5 * max(low, *(path[key][-1] for key in SETTLES)))
         axis.set(title=name, xlabel="step")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
@@ -172,12 +177,16 @@ def main() -> None:
     parser = arguments(__doc__, "watch_noise.json")
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--every", type=int, default=100)
+    parser.add_argument("--parts", default="settled,spikes")
     parser.add_argument("--seeds", type=int, default=6)
     options = parser.parse_args()
     digits = Digits()
-    print(head(["late", "2(1-b)/eta", "2(1+b)/eta", *NAMES, "loss"]))
-    found = settled(digits, options.steps, options.every)
-    drawn(found, options.every, options.out.with_suffix(".png"))
+    parts, results = words(options.parts), {}
+    if "settled" in parts:
+        print(head(["late", "2(1-b)/eta", "2(1+b)/eta", *NAMES, "loss"]))
+        found = settled(digits, options.steps, options.every)
+        drawn(found, options.every, options.out.with_suffix(".png"))
+        results["settled"] = found
     titles = [
         "seed",
         "spike after",
@@ -187,8 +196,9 @@ def main() -> None:
         "calm",
         "before",
     ]
-    print("\n" + head(titles))
-    results = {"settled": found, "spikes": spikes(digits, options.seeds, 2000, 20)}
+    for times in TIMES if "spikes" in parts else ():
+        print(f"\nrate times {times}, probes every 5\n" + head(titles))
+        results[f"spikes, {times}"] = spikes(digits, options.seeds, 2000, 5, times)
     write(options.out, results)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import Counted
 from optax import contrib
 
 import rodjax as rj
@@ -223,6 +224,19 @@ def test_lanes_of_learning_rates_have_a_report_each():
     assert [STATUS[x] for x in found["status"]] == ["below", "below"]
 
 
+def test_lanes_skip_together_what_a_single_run_skips():
+    counted = Counted(loss)
+    tx = watch(optax.sgd(0.1), every=3, quantities=("step_curvature",))
+    two = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), START)
+    update = lambda grad, state, w: tx.update(grad, state, w, value_fn=counted)[1]
+    step = jax.jit(jax.vmap(update))
+    state, spent = jax.vmap(tx.init)(two), []
+    for _ in range(4):
+        spent.append(counted.spent(step, two, state, two))
+        state = step(two, state, two)
+    assert spent[0] > 0 and spent == [spent[0], 0, 0, spent[0]]
+
+
 def test_a_rate_that_is_traced_is_sent_into_the_state():
     def run(rate):
         watch(optax.adam(rate), quantities=("sharpness_ratio",)).init(START)
@@ -336,6 +350,21 @@ def test_a_report_inside_a_scan():
     assert path["update_ratio"].shape == (4,)
     # The first step's is known when the loss after it is.
     assert np.isnan(path["realized_edge"]).tolist() == [True, False, False, False]
+
+
+def test_a_step_has_the_derivative_that_it_has_without():
+    def after(rate, wrap):
+        tx = wrap(optax.inject_hyperparams(optax.adam)(0.1))
+        state: Any = tx.init(START)
+        getattr(state, "inner", state).hyperparams["learning_rate"] = rate
+        grad, extra = jax.grad(loss)(START), {"value_fn": loss}
+        extra = {} if wrap is plain else extra
+        updates, _ = tx.update(grad, state, START, **extra)
+        return loss(optax.apply_updates(START, updates))
+
+    wrapped = lambda tx: watch(tx, every=1, quantities=(*LIGHT, "sharpness"))
+    slopes = [jax.grad(after)(0.1, wrap) for wrap in (plain, wrapped)]
+    np.testing.assert_allclose(*slopes, rtol=1e-12)
 
 
 def test_a_state_can_be_donated():

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from rodjax.optimizer import widest
-from rodjax.training._inputs import given_to, groups_of, served, taken_by
+from rodjax.training._inputs import Given, given_to, groups_of, served, taken_by
 from rodjax.training._look import Kept, Plan, probe
 from rodjax.training._quantities import QUANTITIES, TRACKED, checked
 from rodjax.training._status import Course, no_course, with_loss
@@ -97,8 +97,9 @@ def watch(
 
     - `optimizer`: any Optax optimizer. Put chains inside, so that the gradients that
       arrive are the loss's and the updates that leave are the steps.
-    - `every`: n, in steps. A probe is a branch of `jax.lax.cond`, so that other steps
-      do not pay for it; `jax.vmap` over states makes all steps pay.
+    - `every`: n, in steps. A probe is a turn of `jax.lax.while_loop` that other steps
+      do not take, nor do lanes of `jax.vmap` that are all at such a step. On CPUs XLA
+      runs convolutions there some 30 times slower than outside of loops and branches.
     - `quantities`: names to watch; `None` for the default.
     - `products`: with the Hessian for each largest eigenvalue at a probe, from the
       vector of the last on (`rodjax.linalg.refined_eigenpair`); about 20 the first
@@ -213,33 +214,42 @@ def watch(
         taken = taken_by(optimizer, extra)
         steps, inner = optimizer.update(updates, state.inner, params, **taken)
 
+        # Whoever differentiates a step, by its learning rate say, differentiates that.
+        still = lambda tree: jax.tree.map(jax.lax.stop_gradient, tree)
+        *before, seen, state = still((*given[:3], steps, state))
+        params, grad, value = before
+        given = Given(params, grad, value, given.batch, given.probe)
         dtype, step = state.course.mean.dtype, state.step
         values, course = dict(state.values), state.course
-        size = lengths(given, steps, dtype)
+        size = lengths(given, seen, dtype)
         if "realized_edge" in there and full_batch:
             value = jnp.asarray(given.value)
             values["realized_edge"] = last_edge(values["realized_edge"], value, size)
         if counts:
             course = with_loss(course, jnp.asarray(given.value))
         kept = Kept(values, state.directions, course, state.status, state.probed_at)
-        kept = jax.lax.cond(
-            step % every == 0,
-            lambda kept: probe(plan, given, steps, state.inner, size, step, kept),
-            lambda kept: kept,
-            kept,
+        # A loop of one turn or none: unlike a branch it copies nothing where it does
+        # nothing, and lanes of `jax.vmap` that skip it together do skip it.
+        _, kept = jax.lax.while_loop(
+            lambda turn: turn[0],
+            lambda turn: (
+                jnp.zeros((), bool),
+                probe(plan, given, seen, state.inner, size, step, turn[1]),
+            ),
+            (step % every == 0, kept),
         )
         values, directions = dict(kept.values), dict(kept.directions)
         if "update_ratio" in there:
             values["update_ratio"] = update_ratio(given, size)
         if "oscillation" in there:
             values["oscillation"] = oscillation(
-                values["oscillation"], step, directions, steps
+                values["oscillation"], step, directions, seen
             )
         if "alternation" in there:
             back = directions["alternation/1"], directions["alternation/2"]
-            values["alternation"] = alternation(step, steps, *back, dtype)
+            values["alternation"] = alternation(step, seen, *back, dtype)
             directions["alternation/1"] = jax.tree.map(
-                lambda x, old: x.astype(old.dtype), steps, back[0]
+                lambda x, old: x.astype(old.dtype), seen, back[0]
             )
             directions["alternation/2"] = back[0]
         return steps, WatchState(
