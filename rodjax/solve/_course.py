@@ -150,8 +150,10 @@ def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
     # One more where steps that fill the span exactly are rounded to a little less.
     most = every * (method.substeps if constant else max(PATIENCE, method.substeps)) + 1
 
-    # The solver asks for the field several times: so it is traced once for all.
-    vector_field = jax.jit(lambda *args: flow.vector_field(*args))
+    @jax.jit
+    def vector_field(*args: Any) -> PyTree:
+        # The solver asks for the field several times: so it is traced once for all.
+        return flow.vector_field(*args)
 
     def unbounded(y: PyTree) -> Array:
         big = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(y))).max) ** 0.5
