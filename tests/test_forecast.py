@@ -135,6 +135,7 @@ def test_it_compiles_once():
     assert traced.count == before + 2
 
 
+@pytest.mark.slow
 def test_a_learning_rate_in_the_state_is_set():
     factory = lambda lr: optax.inject_hyperparams(optax.adam)(learning_rate=lr)
     injected, plain = rj.dynamics(factory, loss), rj.dynamics(optax.adam, loss)

@@ -78,6 +78,7 @@ def test_train_state():
     assert STATUS[int(found["status"])] in STATUS[2:]
 
 
+@pytest.mark.slow
 def test_equinox():
     model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
     chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01))

@@ -236,11 +236,12 @@ def test_a_rate_beyond_the_edge_is_called_unstable():
     assert found[-1]["realized_edge"] > 1 and found[-1]["step_curvature"] > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "steps"),
     [
-        pytest.param(optax.sgd(0.6), 330, marks=pytest.mark.slow),
-        pytest.param(optax.sgd(0.6, momentum=0.5), 300, marks=pytest.mark.slow),
+        (optax.sgd(0.6), 330),
+        (optax.sgd(0.6, momentum=0.5), 300),
         (optax.adam(0.01), 200),
     ],
     ids=["gd", "momentum", "adam"],
