@@ -17,7 +17,7 @@ from rodjax.linalg._lowrank import (
     tangent,
     unflatten,
 )
-from rodjax.linalg._refine import dot, refined_eigenpair
+from rodjax.linalg._refine import dot, refined_eigenpair, unit
 
 __all__ = [
     "Complementary",
@@ -36,4 +36,5 @@ __all__ = [
     "top_eigenpair",
     "top_eigenpairs",
     "unflatten",
+    "unit",
 ]

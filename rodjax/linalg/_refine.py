@@ -67,7 +67,7 @@ def refined_eigenpair(
         lambda: guess,
         lambda: optax.tree.random_like(jax.random.key(0), guess),
     )
-    vector = _over(vector, _length(vector))
+    vector = unit(vector)
     rounds, few = divmod(products, CYCLE)
     pair = Eigenpair(jnp.zeros(()), vector, jnp.zeros(()))
     if few:
@@ -128,13 +128,18 @@ def _cycle(product: Callable[[PyTree], PyTree], start: PyTree, m: int) -> Eigenp
         by = leak / jnp.maximum(jnp.abs(value) + leak, jnp.finfo(dtype).tiny)
         vector = jax.tree.map(lambda x, y: x + by.astype(x.dtype) * y, vector, new)
     scale = jnp.maximum(jnp.abs(value), jnp.finfo(dtype).tiny)
-    return Eigenpair(value, _over(vector, _length(vector)), leak / scale)
+    return Eigenpair(value, unit(vector), leak / scale)
 
 
 def dot(a: PyTree, b: PyTree) -> Float[Array, ""]:
     """The inner product of two pytrees, leaf by leaf: no leaf changes its shape."""
     parts = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
     return jnp.sum(jnp.stack(jax.tree.leaves(parts)))
+
+
+def unit(tree: PyTree) -> PyTree:
+    """Of unit length, whatever its scale; as it is where it is zero."""
+    return _over(tree, _length(tree))
 
 
 def _along(basis: PyTree, tree: PyTree) -> Float[Array, " m"]:

@@ -26,6 +26,7 @@ from rodjax.solve._labels import (
     RUN,
     STEP,
     attributes,
+    check_flows,
     stacked,
     step_coordinate,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "attributes",
     "begin",
     "begun",
+    "check_flows",
     "compare",
     "descend",
     "descent",

@@ -6,9 +6,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rodjax.flows import Flow
+from rodjax.optimizer import Dynamics
+
 FLOW, STEP = "flow", "step"
 #: The optimizer's own entry among the flows.
 RUN = "run"
+
+
+def check_flows(dynamics: Dynamics, flows: Mapping[str, Flow]) -> None:
+    """Raise `ValueError` for a flow of other dynamics, or one called as the run is."""
+    for name, flow in flows.items():
+        if name == RUN:
+            raise ValueError("flows: 'run' is the name of the optimizer's own entry")
+        if flow.dynamics != dynamics:
+            raise ValueError(
+                f"flow {name!r} is of other dynamics: build it from those given here"
+            )
 
 
 def stacked(metrics: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:

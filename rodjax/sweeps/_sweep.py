@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from rodjax.flows import Flow
 from rodjax.optimizer import Dynamics
-from rodjax.solve import LIMIT, RUN, Metric, saved_moments, solving
+from rodjax.solve import LIMIT, Metric, check_flows, saved_moments, solving
 from rodjax.sweeps import _table as table
 from rodjax.sweeps._blocks import Blocks, Status
 from rodjax.sweeps._grid import SEED, Axes, Grid, make_grid
@@ -228,13 +228,7 @@ def _check(
             "grid has a seed, which draws initial parameters: give draw, a function of "
             "a key, such as lambda key: jax.random.normal(key, (3,)), and params=None"
         )
-    for name, flow in flows.items():
-        if name == RUN:
-            raise ValueError("flows: 'run' is the name of the optimizer's own entry")
-        if flow.dynamics != dynamics:
-            raise ValueError(
-                f"flow {name!r} is of other dynamics: build it from those given here"
-            )
+    check_flows(dynamics, flows)
 
 
 def _length(moments: int, every: int, time_chunk: int | None) -> int:

@@ -18,6 +18,7 @@ from rodjax.solve import (
     Method,
     Metric,
     Trajectory,
+    check_flows,
     descend,
     edge_of_stability,
     integrate,
@@ -257,11 +258,5 @@ def _flows(
                 known = ", ".join(REGISTRY)
                 raise ValueError(f"flows: there is no {name!r}, only {known}")
         return tuple((name, REGISTRY[name].build(dynamics)) for name in flows)
-    for name, flow in flows.items():
-        if name == RUN:
-            raise ValueError("flows: 'run' is the name of the optimizer's own entry")
-        if flow.dynamics != dynamics:
-            raise ValueError(
-                f"flow {name!r} is of other dynamics: build it from those given here"
-            )
+    check_flows(dynamics, flows)
     return tuple(flows.items())

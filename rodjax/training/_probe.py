@@ -9,10 +9,10 @@ import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from rodjax.curvature import random_direction
-from rodjax.linalg import Eigenpair, refined_eigenpair
+from rodjax.linalg import Eigenpair, refined_eigenpair, unit
 from rodjax.optimizer import Dynamics, Loss, State, coordinate_thresholds, dynamics
 from rodjax.training._quantities import BATCHES
-from rodjax.training._trees import along, like, over, unit, wide
+from rodjax.training._trees import along, like, over, wide
 
 # Of another vector, in what an iteration starts from: it is not trapped by where it is.
 ASIDE = 0.1

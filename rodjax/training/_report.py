@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from rodjax.training._quantities import QUANTITIES
-from rodjax.training._watch import WatchState
+from rodjax.training._watch import is_watch
 
 
 def report(state: PyTree) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def report(state: PyTree) -> dict[str, Any]:
 
     ```
     """
-    found: list[Any] = jax.tree.leaves(state, is_leaf=_is_watch)
-    found = [x for x in found if _is_watch(x)]
+    found: list[Any] = jax.tree.leaves(state, is_leaf=is_watch)
+    found = [x for x in found if is_watch(x)]
     if len(found) != 1:
         many = "no watch" if not found else f"{len(found)} watches"
         raise ValueError(
@@ -64,12 +64,6 @@ def report(state: PyTree) -> dict[str, Any]:
     for name in ("status", "probed_at", "step"):
         entries[name] = _array(fields[name])[1]
     return entries
-
-
-def _is_watch(x: Any) -> bool:
-    fields = set(WatchState._fields)
-    # What a checkpoint gives back in its place is a dict.
-    return isinstance(x, WatchState) or (isinstance(x, Mapping) and fields <= set(x))
 
 
 def _array(x: Any) -> tuple[Any, Any]:

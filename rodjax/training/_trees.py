@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, PyTree
 
 from rodjax import linalg
@@ -22,19 +21,6 @@ def like(tree: PyTree, other: PyTree) -> PyTree:
 def along(a: PyTree, b: PyTree, dtype: jnp.dtype) -> Float[Array, ""]:
     """The inner product."""
     return linalg.dot(wide(a), wide(b)).astype(dtype)
-
-
-def unit(tree: PyTree) -> PyTree:
-    """Of unit length; as it is where that is zero."""
-    tree = wide(tree)
-    # Of the largest entry first, where squares would underflow.
-    tree = _over(tree, jnp.asarray(optax.tree.max(jax.tree.map(jnp.abs, tree))))
-    return _over(tree, jnp.sqrt(linalg.dot(tree, tree)))
-
-
-def _over(tree: PyTree, size: Array) -> PyTree:
-    safe = jnp.where(size > 0, size, 1)
-    return jax.tree.map(lambda x: x / safe.astype(x.dtype), tree)
 
 
 def over(a: Array, b: Array) -> Float[Array, "2"]:

@@ -1,7 +1,7 @@
 """An optimizer that is watched: what it does is unchanged, what it did is kept."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +43,12 @@ class WatchState(NamedTuple):
     values: dict[str, Array]
     directions: dict[str, PyTree]
     course: Course
+
+
+def is_watch(node: Any) -> bool:
+    """Whether it is the state of `watch`, or the dict that a file has in its place."""
+    named = isinstance(node, Mapping) and set(WatchState._fields) <= set(node)
+    return named or isinstance(node, WatchState)
 
 
 def watch(

@@ -1,7 +1,7 @@
 """From a checkpoint of a training loop to where a flow starts."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from rodjax.optimizer import REACH, Dynamics, State, Window, merge
 from rodjax.training._full_batch import check_full_batch
-from rodjax.training._watch import WatchState
+from rodjax.training._watch import WatchState, is_watch
 
 
 def window(
@@ -97,15 +97,9 @@ def unwatched(opt_state: PyTree) -> PyTree:
     def inner(node: Any) -> Any:
         if isinstance(node, WatchState):
             return unwatched(node.inner)
-        return unwatched(node["inner"]) if _is_watch(node) else node
+        return unwatched(node["inner"]) if is_watch(node) else node
 
-    return jax.tree.map(inner, opt_state, is_leaf=_is_watch)
-
-
-def _is_watch(node: Any) -> bool:
-    """Whether it is the state of `watch`, or the dict that a file has in its place."""
-    named = isinstance(node, Mapping) and set(WatchState._fields) <= set(node)
-    return named or isinstance(node, WatchState)
+    return jax.tree.map(inner, opt_state, is_leaf=is_watch)
 
 
 def _state(
@@ -118,7 +112,7 @@ def _state(
 
 def _check_unwatched(dynamics: Dynamics, params: PyTree, lr: PyTree) -> None:
     shapes = jax.eval_shape(lambda p: merge(dynamics.init(p, lr=lr))[1], params)
-    if any(map(_is_watch, jax.tree.leaves(shapes, is_leaf=_is_watch))):
+    if any(map(is_watch, jax.tree.leaves(shapes, is_leaf=is_watch))):
         raise ValueError(
             "dynamics is of an optimizer with watch around it, whose report no flow "
             "can carry: give rodjax.dynamics the optimizer inside"
