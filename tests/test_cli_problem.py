@@ -282,8 +282,8 @@ def test_sweep_over_starts_goes_on_unless_the_problem_has_changed(folder):
 
 
 def test_the_file_in_the_documentation(folder):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    page = Path(__file__).parents[1] / "docs" / "how-to" / "command-line.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     (block,) = [block for block in blocks if block.startswith("# mine.py")]
     (folder / "mine.py").write_text(block)
     with jax.numpy_rank_promotion("allow"):

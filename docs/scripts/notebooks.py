@@ -81,14 +81,18 @@ def rendered(executed: Path) -> tuple[str, dict[str, bytes]]:
             parts.append(cell.source)
             continue
         parts.append(f"```python\n{cell.source}\n```")
+        said, drawn = "", []
         for output in cell.outputs:
             data = output.get("data", {})
             if "image/png" in data:
                 name = f"{stem}-{len(figures) + 1}.png"
                 figures[name] = base64.b64decode(data["image/png"])
-                parts.append(f"![What the cell above draws]({name})")
+                drawn.append(f"![What the cell above draws]({name})")
             elif text := output.get("text") or data.get("text/plain"):
-                parts.append(f"```text\n{_plain(text)}\n```")
+                said += text if text.endswith("\n") else f"{text}\n"
+        if said:
+            parts.append(f"```text\n{_plain(said)}\n```")
+        parts += drawn
     return "\n\n".join(parts) + "\n", figures
 
 

@@ -1,7 +1,7 @@
 """The registry of flows: what is said of each of them, in one place.
 
 The command line, `rodjax list`, the table of contracts that every flow is tested by,
-the accuracy benchmark and the table in the README are made from it.
+the accuracy benchmark and the tables of the documentation are made from it.
 """
 
 from collections.abc import Callable, Mapping
@@ -193,7 +193,7 @@ REGISTRY: Mapping[str, Record] = MappingProxyType({r.name: r for r in _RECORDS})
 
 
 def table() -> str:
-    """The registry as the Markdown table that stands in the README.
+    """The registry as a Markdown table.
 
     ```python
     >>> import rodjax as rj

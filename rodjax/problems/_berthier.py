@@ -1,8 +1,8 @@
 """Berthier's three examples of progressive sharpening and its end at the edge.
 
-Each is ``L = g + eps h``: ``g`` vanishes to second order at ``x = 0``, so that its
-minima are the whole plane ``x = 0``, over which ``y`` drifts along ``-grad h`` by
-``eta eps`` per optimizer step until the sharpness reaches ``2 / eta``.
+Each is `L = g + eps h`: `g` vanishes to second order at `x = 0`, so that its
+minima are the whole plane `x = 0`, over which `y` drifts along `-grad h` by
+`eta eps` per optimizer step until the sharpness reaches `2 / eta`.
 """
 
 import jax.numpy as jnp
@@ -21,44 +21,45 @@ def berthier(
 ) -> Problem:
     """The minimal example of progressive sharpening and self-stabilization.
 
-    ``L(x, y) = (y + zeta x) x^2 / 2 - eps (x + y)``. Per optimizer step of gradient
-    descent (learning rate ``eta``) the forcing raises ``y``, the sharpness at
-    ``x = 0``, by ``eta eps``; an oscillation of ``x`` lowers it by ``eta x^2 / 2``. In
-    ``t2 = sqrt(eps) t``, ``x = sqrt(eps) (-1)^t a``, ``y = 2 / eta + sqrt(eps) u``,
-    both small near the edge::
+    `L(x, y) = (y + zeta x) x^2 / 2 - eps (x + y)`. Per optimizer step of gradient
+    descent (learning rate `eta`) the forcing raises `y`, the sharpness at
+    `x = 0`, by `eta eps`; an oscillation of `x` lowers it by `eta x^2 / 2`. In
+    `t2 = sqrt(eps) t`, `x = sqrt(eps) (-1)^t a`, `y = 2 / eta + sqrt(eps) u`,
+    both small near the edge:
 
         a' = eta a u,   u' = eta (1 - a^2 / 2)
 
-    which conserves ``E = u^2 / 2 + a^2 / 4 - log(a^2) / 2 >= (1 - log 2) / 2``. On the
-    scale ``eps t`` the swings are damped iff ``zeta^2 > 2 / 9``, and end on a cycle of
-    two optimizer steps ``c +- d`` in ``x``, of mean square ``2 eps``, at a mean ``y``
-    of ``2 / eta - 3 zeta c - eta c^2 / 2``, where ``c``, about ``-eta eps (3 zeta - 1)
-    / 2``, solves ``c (2 / eta + eta eps - 3 zeta c - eta c^2) = eps (1 - 3 zeta)``.
+    which conserves `E = u^2 / 2 + a^2 / 4 - log(a^2) / 2 >= (1 - log 2) / 2`. On the
+    scale `eps t` the swings are damped iff `zeta^2 > 2 / 9`, and end on a cycle of
+    two optimizer steps `c +- d` in `x`, of mean square `2 eps`, at a mean `y`
+    of `2 / eta - 3 zeta c - eta c^2 / 2`, where `c`, about `-eta eps (3 zeta - 1)
+    / 2`, solves `c (2 / eta + eta eps - 3 zeta c - eta c^2) = eps (1 - 3 zeta)`.
 
-    At the default arguments and ``eta = 0.3`` the sharpness passes ``2 / eta`` at step
-    555; ``y`` goes up to 7.58 and settles at 6.676. The height of the overshoot is that
+    At the default arguments and `eta = 0.3` the sharpness passes `2 / eta` at step
+    555; `y` goes up to 7.58 and settles at 6.676. The height of the overshoot is that
     of float64: below the edge the oscillation dies down to rounding errors, from which
     it must grow again. In float32 it is lower. The loss is unbounded below: wide swings
-    of ``x`` escape.
+    of `x` escape.
 
-    Args:
-        eps: the forcing, positive; 0.01 to 0.00001 in the source.
-        zeta: how fast the sharpness changes along ``x``, a third of that rate.
-        initial: the initial ``(x, y)``.
-        dtype: of the parameters; None for JAX's default float.
+    **Arguments**
 
-    Returns:
-        The problem, with parameters ``{"x": [], "y": []}``.
+    - `eps`: the forcing, positive; 0.01 to 0.00001 in the source.
+    - `zeta`: how fast the sharpness changes along `x`, a third of that rate.
+    - `initial`: the initial `(x, y)`.
+    - `dtype`: of the parameters; None for JAX's default float.
 
-    Raises:
-        ValueError: ``eps`` is not positive, or another argument is unfit.
+    **Returns** the problem, with parameters `{"x": [], "y": []}`.
+
+    **Raises** `ValueError` if `eps` is not positive, or another argument is unfit.
 
     Source: Berthier, arXiv 2609.01034.
 
-    Example:
-        >>> problem = berthier(initial=(2.0, 5.0))
-        >>> round(float(problem.loss(problem.params)), 4)  # (5 + 2) 4/2 - 0.01 * 7
-        13.93
+    ```python
+    >>> problem = berthier(initial=(2.0, 5.0))
+    >>> round(float(problem.loss(problem.params)), 4)  # (5 + 2) 4/2 - 0.01 * 7
+    13.93
+
+    ```
     """
     dtype = float_dtype(dtype)
     check_positive("eps", eps)
@@ -81,40 +82,41 @@ def berthier_circle(
 ) -> Problem:
     """Three parameters: the edge is a circle, along which the slow motion goes on.
 
-    ``L(x, y) = (|y| + 3 exp(x / 2)) x^2 / 2 - eps (x + y_1)``, ``y`` in the plane, of
-    sharpness ``S = |y| + 3`` at ``x = 0``: an edge of codimension one. Away from it
-    ``y_1`` rises by ``eta eps`` per optimizer step of gradient descent. At it, with
-    ``h = -x - y_1``, both gradients along ``y``, and ``a``, ``u`` (of ``S``) and ``t2``
-    as in :func:`berthier`, it holds in general that::
+    `L(x, y) = (|y| + 3 exp(x / 2)) x^2 / 2 - eps (x + y_1)`, `y` in the plane, of
+    sharpness `S = |y| + 3` at `x = 0`: an edge of codimension one. Away from it
+    `y_1` rises by `eta eps` per optimizer step of gradient descent. At it, with
+    `h = -x - y_1`, both gradients along `y`, and `a`, `u` (of `S`) and `t2`
+    as in `berthier`, it holds in general that:
 
         a' = eta a u,   u' = -eta (<grad h, grad S> + |grad S|^2 a^2 / 2)
 
-    Here ``u' = eta (cos(theta) - a^2 / 2)``, ``theta`` the angle of ``y``. As
-    ``eps -> 0`` the motion at the edge becomes the gradient flow of ``eps h``
-    constrained to the circle of radius ``R = 2 / eta - 3``, on which ``tan(theta / 2)``
-    decays at the rate ``eta eps / R``.
+    Here `u' = eta (cos(theta) - a^2 / 2)`, `theta` the angle of `y`. As
+    `eps -> 0` the motion at the edge becomes the gradient flow of `eps h`
+    constrained to the circle of radius `R = 2 / eta - 3`, on which `tan(theta / 2)`
+    decays at the rate `eta eps / R`.
 
-    Args:
-        eps: the forcing, positive; 0.01, 0.001 and 0.0001 in the source.
-        initial: the initial ``(x, y_1, y_2)``. The default begins at a sharpness of 5,
-            as :func:`berthier` does, and reaches the edge of ``eta = 0.3`` at an angle
-            of 33 degrees; the choice is ours.
-        dtype: of the parameters; None for JAX's default float.
+    **Arguments**
 
-    Returns:
-        The problem, with parameters ``{"x": [], "y": [2]}``.
+    - `eps`: the forcing, positive; 0.01, 0.001 and 0.0001 in the source.
+    - `initial`: the initial `(x, y_1, y_2)`. The default begins at a sharpness of 5,
+      as `berthier` does, and reaches the edge of `eta = 0.3` at an angle of 33
+      degrees; the choice is ours.
+    - `dtype`: of the parameters; None for JAX's default float.
 
-    Raises:
-        ValueError: ``eps`` is not positive, the initial ``y`` is zero, where ``|y|`` is
-            not differentiable, or another argument is unfit.
+    **Returns** the problem, with parameters `{"x": [], "y": [2]}`.
+
+    **Raises** `ValueError` if `eps` is not positive, the initial `y` is zero, where
+    `|y|` is not differentiable, or another argument is unfit.
 
     Source: Berthier, arXiv 2609.01034.
 
-    Example:
-        >>> problem = berthier_circle(initial=(0.0, 3.0, 4.0))
-        >>> import jax
-        >>> float(jax.hessian(problem.loss)(problem.params)["x"]["x"])  # |y| + 3
-        8.0
+    ```python
+    >>> problem = berthier_circle(initial=(0.0, 3.0, 4.0))
+    >>> import jax
+    >>> float(jax.hessian(problem.loss)(problem.params)["x"]["x"])  # |y| + 3
+    8.0
+
+    ```
     """
     dtype = float_dtype(dtype)
     check_positive("eps", eps)
@@ -139,38 +141,39 @@ def berthier_matrix(
 ) -> Problem:
     """Five parameters: two eigenvalues reach the edge and stay there.
 
-    ``L(x, y) = (x^T H(y) x + x_1^3 + x_2^3) / 2 - eps (x_1 + 2 y_1 + y_2 + y_3)`` with
-    ``H = [[y_1, y_3 / sqrt 2], [y_3 / sqrt 2, y_2]]``: where both eigenvalues are at
-    the edge, ``H = 2 / eta``, an edge of codimension two whose oscillation may point
-    anywhere. With ``x = sqrt(eps) (-1)^t A``, ``H = 2 / eta + sqrt(eps) U`` and ``t2 =
-    sqrt(eps) t`` gradient descent (learning rate ``eta``) follows there::
+    `L(x, y) = (x^T H(y) x + x_1^3 + x_2^3) / 2 - eps (x_1 + 2 y_1 + y_2 + y_3)` with
+    `H = [[y_1, y_3 / sqrt 2], [y_3 / sqrt 2, y_2]]`: where both eigenvalues are at
+    the edge, `H = 2 / eta`, an edge of codimension two whose oscillation may point
+    anywhere. With `x = sqrt(eps) (-1)^t A`, `H = 2 / eta + sqrt(eps) U` and `t2 =
+    sqrt(eps) t` gradient descent (learning rate `eta`) follows there:
 
         A' = eta U A,   U' = -eta (Psi grad h + Psi Psi* [A A^T] / 2)
 
-    in which ``h = -x_1 - 2 y_1 - y_2 - y_3`` and ``Psi``, the derivative of ``H``, here
-    keeps lengths: ``Psi Psi*`` is the identity, and ``Psi grad h = -C`` with ``C =
-    [[2, 1 / sqrt 2], [1 / sqrt 2, 1]]``. As ``A A^T`` has rank one and ``C`` two, the
-    oscillation never settles; its mean square is ``<x x^T> = 2 eps C``.
+    in which `h = -x_1 - 2 y_1 - y_2 - y_3` and `Psi`, the derivative of `H`, here
+    keeps lengths: `Psi Psi*` is the identity, and `Psi grad h = -C` with `C =
+    [[2, 1 / sqrt 2], [1 / sqrt 2, 1]]`. As `A A^T` has rank one and `C` two, the
+    oscillation never settles; its mean square is `<x x^T> = 2 eps C`.
 
-    Args:
-        eps: the forcing, positive; 0.01 in the source.
-        initial: the initial ``(x_1, x_2, y_1, y_2, y_3)``. The default begins at a
-            sharpness of 5, as :func:`berthier` does; the choice is ours.
-        dtype: of the parameters; None for JAX's default float.
+    **Arguments**
 
-    Returns:
-        The problem, with parameters ``{"x": [2], "y": [3]}``.
+    - `eps`: the forcing, positive; 0.01 in the source.
+    - `initial`: the initial `(x_1, x_2, y_1, y_2, y_3)`. The default begins at a
+      sharpness of 5, as `berthier` does; the choice is ours.
+    - `dtype`: of the parameters; None for JAX's default float.
 
-    Raises:
-        ValueError: ``eps`` is not positive, or another argument is unfit.
+    **Returns** the problem, with parameters `{"x": [2], "y": [3]}`.
+
+    **Raises** `ValueError` if `eps` is not positive, or another argument is unfit.
 
     Source: Berthier, arXiv 2609.01034.
 
-    Example:
-        >>> import jax, math
-        >>> problem = berthier_matrix(initial=(0.0, 0.0, 4.0, 4.0, math.sqrt(2)))
-        >>> jax.hessian(problem.loss)(problem.params)["x"]["x"].round(4).tolist()
-        [[4.0, 1.0], [1.0, 4.0]]
+    ```python
+    >>> import jax, math
+    >>> problem = berthier_matrix(initial=(0.0, 0.0, 4.0, 4.0, math.sqrt(2)))
+    >>> jax.hessian(problem.loss)(problem.params)["x"]["x"].round(4).tolist()
+    [[4.0, 1.0], [1.0, 4.0]]
+
+    ```
     """
     dtype = float_dtype(dtype)
     check_positive("eps", eps)

@@ -17,32 +17,33 @@ def chunked_mean(
 ) -> Float[Array, ""]:
     """The mean over all samples of a function, computed some samples at a time.
 
-    ``sum_i function(data)_i / n``, as a ``lax.scan`` over chunks whose intermediate
+    `sum_i function(data)_i / n`, as a `lax.scan` over chunks whose intermediate
     values are computed again in the backward pass rather than kept. So the memory of
-    the mean and of all its derivatives is that of one chunk, whatever ``n`` is; the
+    the mean and of all its derivatives is that of one chunk, whatever `n` is; the
     value is that of the plain mean up to the rounding of the sum.
 
-    Args:
-        function: from samples, a pytree like ``data`` with m in place of n samples, to
-            one number for each, shape [m]. It may close over parameters.
-        data: pytree of arrays [n, ...].
-        chunk: number of samples at a time; it need not divide n. None for all.
+    **Arguments**
 
-    Returns:
-        The mean, a scalar.
+    - `function`: from samples, a pytree like `data` with m in place of n samples, to
+      one number for each, shape [m]. It may close over parameters.
+    - `data`: pytree of arrays [n, ...].
+    - `chunk`: number of samples at a time; it need not divide n. None for all.
 
-    Raises:
-        ValueError: ``chunk`` is not a positive whole number, or the arrays of ``data``
-            do not have the same number of samples, or ``function`` does not return
-            one number for each.
+    **Returns** the mean, a scalar.
 
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> x = jnp.linspace(0.0, 1.0, 1001)
-        >>> loss = lambda w: chunked_mean(lambda x: (w * x - 1) ** 2, x, chunk=100)
-        >>> whole = lambda w: jnp.mean((w * x - 1) ** 2)
-        >>> bool(jnp.allclose(jax.grad(loss)(2.0), jax.grad(whole)(2.0)))
-        True
+    **Raises** `ValueError` if `chunk` is not a positive whole number, or the arrays
+    of `data` do not have the same number of samples, or `function` does not return
+    one number for each.
+
+    ```python
+    >>> import jax, jax.numpy as jnp
+    >>> x = jnp.linspace(0.0, 1.0, 1001)
+    >>> loss = lambda w: chunked_mean(lambda x: (w * x - 1) ** 2, x, chunk=100)
+    >>> whole = lambda w: jnp.mean((w * x - 1) ** 2)
+    >>> bool(jnp.allclose(jax.grad(loss)(2.0), jax.grad(whole)(2.0)))
+    True
+
+    ```
     """
     if chunk is not None and not (is_count(chunk) and chunk > 0):
         raise ValueError(f"chunk={chunk} must be a positive whole number, or None.")

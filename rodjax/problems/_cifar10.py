@@ -37,7 +37,7 @@ Labels = Int[np.ndarray, " n"]
 
 
 class _Bytes:
-    """Stands for ``numpy.dtype`` while a batch is unpickled: uint8, or refused."""
+    """Stands for `numpy.dtype` while a batch is unpickled: uint8, or refused."""
 
     def __init__(self, code: object, *_: object) -> None:
         if code not in (b"u1", "u1"):
@@ -48,7 +48,7 @@ class _Bytes:
 
 
 class _Array:
-    """Stands for ``numpy.ndarray``, so that no pickle reaches NumPy's internals."""
+    """Stands for `numpy.ndarray`, so that no pickle reaches NumPy's internals."""
 
     def __init__(self, *_: object) -> None:
         self.values = np.empty(0, np.uint8)
@@ -240,46 +240,48 @@ def cifar10(
     split: Literal["train", "test"] = "train",
     dtype: DTypeLike | None = None,
 ) -> Data:
-    """The first ``n`` images of the chosen classes of CIFAR-10, read from disk.
+    """The first `n` images of the chosen classes of CIFAR-10, read from disk.
 
-    ``inputs = (raw / 255 - mean) / std``, ``mean`` and ``std`` being those of
-    ``raw / 255`` in each colour channel, over all pixels of the chosen samples.
+    `inputs = (raw / 255 - mean) / std`, `mean` and `std` being those of
+    `raw / 255` in each colour channel, over all pixels of the chosen samples.
 
-    Nothing is downloaded: get ``cifar-10-python.tar.gz`` or ``cifar-10-binary.tar.gz``
+    Nothing is downloaded: get `cifar-10-python.tar.gz` or `cifar-10-binary.tar.gz`
     from https://www.cs.toronto.edu/~kriz/cifar.html. The archives are read as they are
     and checked by their MD5; unpacked ones are read faster. The pickles of the Python
     version are read by an unpickler that refuses whatever is not an array of bytes.
 
-    Args:
-        path: one of the two archives, the folder it unpacks to (``cifar-10-batches-py``
-            or ``cifar-10-batches-bin``), or a folder that holds any of them.
-        n: number of samples, in the order of the files; None for all.
-        classes: names such as ``"cat"``, or indices from 0 to 9, of the classes to
-            keep; their order is that of the targets' columns.
-        skip: number of samples of these classes to leave out at the beginning.
-        split: ``"train"`` (50000 samples) or ``"test"`` (10000).
-        dtype: of the arrays; None for JAX's default float.
+    **Arguments**
 
-    Returns:
-        Inputs of shape [n, 32, 32, 3] and one-hot targets of shape [n, len(classes)].
+    - `path`: one of the two archives, the folder it unpacks to (`cifar-10-batches-py`
+      or `cifar-10-batches-bin`), or a folder that holds any of them.
+    - `n`: number of samples, in the order of the files; None for all.
+    - `classes`: names such as `"cat"`, or indices from 0 to 9, of the classes to
+      keep; their order is that of the targets' columns.
+    - `skip`: number of samples of these classes to leave out at the beginning.
+    - `split`: `"train"` (50000 samples) or `"test"` (10000).
+    - `dtype`: of the arrays; None for JAX's default float.
 
-    Raises:
-        FileNotFoundError: there is no CIFAR-10 at ``path``, or a file of it is missing.
-        TypeError: ``path`` is not a path, or ``classes`` not a sequence.
-        ValueError: an argument is out of range, there are fewer samples than asked
-            for, a channel is constant over them, or a file is damaged.
+    **Returns** inputs of shape [n, 32, 32, 3] and one-hot targets of shape [n,
+    len(classes)].
+
+    **Raises** `FileNotFoundError` if there is no CIFAR-10 at `path`, or a file of it
+    is missing; `TypeError` if `path` is not a path, or `classes` not a sequence;
+    `ValueError` if an argument is out of range, there are fewer samples than asked for,
+    a channel is constant over them, or a file is damaged.
 
     Source: A. Krizhevsky, "Learning multiple layers of features from tiny images",
     technical report, University of Toronto, 2009.
 
-    Example:
-        >>> import pathlib, tempfile
-        >>> cat = bytes([3]) + bytes(range(256)) * 12
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = (pathlib.Path(folder) / "data_batch_1.bin").write_bytes(cat)
-        ...     data = cifar10(folder, 1, classes=["dog", "cat"])
-        >>> data.inputs.shape, data.targets.tolist()
-        ((1, 32, 32, 3), [[0.0, 1.0]])
+    ```python
+    >>> import pathlib, tempfile
+    >>> cat = bytes([3]) + bytes(range(256)) * 12
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (pathlib.Path(folder) / "data_batch_1.bin").write_bytes(cat)
+    ...     data = cifar10(folder, 1, classes=["dog", "cat"])
+    >>> data.inputs.shape, data.targets.tolist()
+    ((1, 32, 32, 3), [[0.0, 1.0]])
+
+    ```
     """
     dtype, columns = float_dtype(dtype), _columns(classes)
     if not isinstance(path, str | os.PathLike):

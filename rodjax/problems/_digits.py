@@ -13,33 +13,34 @@ CLASSES = 10
 
 
 def digits(n: int, *, skip: int = 0, dtype: DTypeLike | None = None) -> Data:
-    """Samples ``skip, ..., skip + n - 1`` of scikit-learn's handwritten digits.
+    """Samples `skip, ..., skip + n - 1` of scikit-learn's handwritten digits.
 
-    ``inputs = (raw - mean) / std``: ``mean`` is that of each pixel over the chosen
-    samples, ``std`` one number, the standard deviation of all their raw pixels.
+    `inputs = (raw - mean) / std`: `mean` is that of each pixel over the chosen
+    samples, `std` one number, the standard deviation of all their raw pixels.
 
-    Args:
-        n: number of samples, positive.
-        skip: number of samples to leave out at the beginning, for a different part
-            of the data; ``n + skip <= 1797``.
-        dtype: of the arrays; None for JAX's default float.
+    **Arguments**
 
-    Returns:
-        Inputs of shape [n, 8, 8, 1] and one-hot targets of shape [n, 10].
+    - `n`: number of samples, positive.
+    - `skip`: number of samples to leave out at the beginning, for a different part of
+      the data; `n + skip <= 1797`.
+    - `dtype`: of the arrays; None for JAX's default float.
 
-    Raises:
-        ValueError: ``n`` or ``skip`` is out of range, or ``dtype`` is unfit.
-        ImportError: scikit-learn is not installed.
+    **Returns** inputs of shape [n, 8, 8, 1] and one-hot targets of shape [n, 10].
 
-    Source: ``sklearn.datasets.load_digits`` (8 x 8 images of the UCI data set
+    **Raises** `ValueError` if `n` or `skip` is out of range, or `dtype` is unfit;
+    `ImportError` if scikit-learn is not installed.
+
+    Source: `sklearn.datasets.load_digits` (8 x 8 images of the UCI data set
     "Optical Recognition of Handwritten Digits").
 
-    Example:
-        >>> inputs, targets = digits(20)
-        >>> inputs.shape, targets.shape
-        ((20, 8, 8, 1), (20, 10))
-        >>> targets[3].tolist().index(1.0)
-        3
+    ```python
+    >>> inputs, targets = digits(20)
+    >>> inputs.shape, targets.shape
+    ((20, 8, 8, 1), (20, 10))
+    >>> targets[3].tolist().index(1.0)
+    3
+
+    ```
     """
     dtype = float_dtype(dtype)
     check_counts(n=[n])

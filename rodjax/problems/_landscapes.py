@@ -15,27 +15,29 @@ def banana(
 ) -> Problem:
     """A curved valley, Rosenbrock's function.
 
-    ``L(x, y) = (1 - x)^2 + steepness (y - x^2)^2``; its minimum is 0 at ``(1, 1)``,
-    where the Hessian has trace ``2 + 10 steepness`` and determinant ``4 steepness``.
+    `L(x, y) = (1 - x)^2 + steepness (y - x^2)^2`; its minimum is 0 at `(1, 1)`,
+    where the Hessian has trace `2 + 10 steepness` and determinant `4 steepness`.
 
-    Args:
-        steepness: of the valley's walls, positive; 100 in the classical function.
-        initial: the initial ``(x, y)``.
-        dtype: of the parameters; None for JAX's default float.
+    **Arguments**
 
-    Returns:
-        The problem, with parameters ``{"x": [], "y": []}``.
+    - `steepness`: of the valley's walls, positive; 100 in the classical function.
+    - `initial`: the initial `(x, y)`.
+    - `dtype`: of the parameters; None for JAX's default float.
 
-    Raises:
-        ValueError: ``steepness`` is not positive, or another argument is unfit.
+    **Returns** the problem, with parameters `{"x": [], "y": []}`.
+
+    **Raises** `ValueError` if `steepness` is not positive, or another argument is
+    unfit.
 
     Source: Rosenbrock, The Computer Journal 3 (1960); an example of Rosca et al., TMLR
     2023, arXiv 2302.01952.
 
-    Example:
-        >>> problem = banana(initial=(0.0, 1.0))
-        >>> float(problem.loss(problem.params))
-        2.0
+    ```python
+    >>> problem = banana(initial=(0.0, 1.0))
+    >>> float(problem.loss(problem.params))
+    2.0
+
+    ```
     """
     dtype = float_dtype(dtype)
     check_positive("steepness", steepness)
@@ -50,28 +52,29 @@ def banana(
 
 
 def cosine(*, initial: float = 0.5, dtype: DTypeLike | None = None) -> Problem:
-    """One parameter on a cosine, ``L(w) = cos w``.
+    """One parameter on a cosine, `L(w) = cos w`.
 
     Maxima at 0, 2 pi, ... of curvature -1, minima at pi, 3 pi, ... of curvature 1:
-    gradient descent leaves a maximum by a factor ``1 + eta`` a step and a minimum, if
-    ``eta > 2``, by ``1 - eta``.
+    gradient descent leaves a maximum by a factor `1 + eta` a step and a minimum, if
+    `eta > 2`, by `1 - eta`.
 
-    Args:
-        initial: the initial parameter.
-        dtype: of the parameter; None for JAX's default float.
+    **Arguments**
 
-    Returns:
-        The problem; its parameter is one array of shape ``()``.
+    - `initial`: the initial parameter.
+    - `dtype`: of the parameter; None for JAX's default float.
 
-    Raises:
-        ValueError: ``initial`` is not finite, or ``dtype`` is unfit.
+    **Returns** the problem; its parameter is one array of shape `()`.
+
+    **Raises** `ValueError` if `initial` is not finite, or `dtype` is unfit.
 
     Source: an example of Rosca et al., TMLR 2023, arXiv 2302.01952.
 
-    Example:
-        >>> problem = cosine(initial=0.0)
-        >>> float(problem.loss(problem.params))
-        1.0
+    ```python
+    >>> problem = cosine(initial=0.0)
+    >>> float(problem.loss(problem.params))
+    1.0
+
+    ```
     """
     dtype = float_dtype(dtype)
     check_finite("initial", [initial])

@@ -32,36 +32,37 @@ def mlp(
     seed: int = 0,
     chunk: int | None = None,
 ) -> Problem:
-    """A multilayer perceptron on ``data``, whose inputs it flattens.
+    """A multilayer perceptron on `data`, whose inputs it flattens.
 
-    Weights start as ``N(0, 0.6^2 / fan_in)``, biases at zero.
+    Weights start as `N(0, 0.6^2 / fan_in)`, biases at zero.
 
-    Args:
-        data: inputs [n, ...], targets [n, classes]; their dtype is that of the
-            parameters.
-        widths: sizes of the hidden layers; () for a linear model.
-        activation: name of a function in ``jax.nn``, or an elementwise callable.
-        loss: ``"mse"`` or ``"cross-entropy"``, see :func:`supervised`.
-        seed: draws the weights.
-        chunk: samples at a time, see :func:`chunked_mean`.
+    **Arguments**
 
-    Returns:
-        The problem; its parameters are the nested dict of arrays
-        ``params["layers"][i]`` ``= {"kernel": [fan_in, fan_out], "bias": [fan_out]}``
-        of a flax ``nnx.Sequential``.
+    - `data`: inputs [n, ...], targets [n, classes]; their dtype is that of the
+      parameters.
+    - `widths`: sizes of the hidden layers; () for a linear model.
+    - `activation`: name of a function in `jax.nn`, or an elementwise callable.
+    - `loss`: `"mse"` or `"cross-entropy"`, see `supervised`.
+    - `seed`: draws the weights.
+    - `chunk`: samples at a time, see `chunked_mean`.
 
-    Raises:
-        ValueError: an argument is out of range or not one of the choices.
+    **Returns** the problem; its parameters are the nested dict of arrays
+    `params["layers"][i]` `= {"kernel": [fan_in, fan_out], "bias": [fan_out]}` of a
+    flax `nnx.Sequential`.
+
+    **Raises** `ValueError` if an argument is out of range or not one of the choices.
 
     Source: the small full-batch MLPs of Cohen et al., ICLR 2021, arXiv 2103.00065.
 
-    Example:
-        >>> import rodjax as rj
-        >>> problem = rj.problems.mlp(rj.problems.digits(20), widths=(8,))
-        >>> problem.params["layers"][0]["kernel"].shape
-        (64, 8)
-        >>> problem.loss(problem.params).shape
-        ()
+    ```python
+    >>> import rodjax as rj
+    >>> problem = rj.problems.mlp(rj.problems.digits(20), widths=(8,))
+    >>> problem.params["layers"][0]["kernel"].shape
+    (64, 8)
+    >>> problem.loss(problem.params).shape
+    ()
+
+    ```
     """
     check_counts(widths=widths)
     function, dtype = _activation(activation), data.targets.dtype
@@ -92,34 +93,35 @@ def digits_mlp(
     skip: int = 0,
     dtype: DTypeLike | None = None,
 ) -> Problem:
-    """Full-batch training of an MLP ``64 - widths - 10`` on :func:`digits`.
+    """Full-batch training of an MLP `64 - widths - 10` on `digits`.
 
-    With its defaults the reference problem of rodjax: :func:`mlp` on 100 samples.
+    With its defaults the reference problem of rodjax: `mlp` on 100 samples.
 
-    Args:
-        n: number of samples.
-        widths: sizes of the hidden layers; () for a linear model.
-        activation: name of a function in ``jax.nn``, or an elementwise callable.
-        loss: ``"mse"`` or ``"cross-entropy"``, see :func:`supervised`.
-        seed: draws the weights.
-        skip: number of samples left out, as in :func:`digits`.
-        dtype: of data, parameters and computation; None for JAX's default float.
+    **Arguments**
 
-    Returns:
-        The problem, as of :func:`mlp`.
+    - `n`: number of samples.
+    - `widths`: sizes of the hidden layers; () for a linear model.
+    - `activation`: name of a function in `jax.nn`, or an elementwise callable.
+    - `loss`: `"mse"` or `"cross-entropy"`, see `supervised`.
+    - `seed`: draws the weights.
+    - `skip`: number of samples left out, as in `digits`.
+    - `dtype`: of data, parameters and computation; None for JAX's default float.
 
-    Raises:
-        ValueError: an argument is out of range or not one of the choices.
-        ImportError: scikit-learn is not installed.
+    **Returns** the problem, as of `mlp`.
+
+    **Raises** `ValueError` if an argument is out of range or not one of the choices;
+    `ImportError` if scikit-learn is not installed.
 
     Source: the small full-batch MLPs of Cohen et al., ICLR 2021, arXiv 2103.00065.
 
-    Example:
-        >>> problem = digits_mlp(20, widths=(8,))
-        >>> problem.params["layers"][0]["kernel"].shape
-        (64, 8)
-        >>> problem.loss(problem.params).shape
-        ()
+    ```python
+    >>> problem = digits_mlp(20, widths=(8,))
+    >>> problem.params["layers"][0]["kernel"].shape
+    (64, 8)
+    >>> problem.loss(problem.params).shape
+    ()
+
+    ```
     """
     data = digits(n, skip=skip, dtype=dtype)
     return mlp(data, widths=widths, activation=activation, loss=loss, seed=seed)
@@ -177,34 +179,36 @@ def cnn(
     """A convolutional network on images.
 
     Each layer is a convolution 3 x 3, the activation and 2 x 2 average pooling, all of
-    them smooth; a linear layer reads out the rest. Weights start as ``N(0, 1 /
-    fan_in)``, biases at zero.
+    them smooth; a linear layer reads out the rest. Weights start as `N(0, 1 /
+    fan_in)`, biases at zero.
 
-    Args:
-        data: inputs [n, height, width, channels], targets [n, classes]; their dtype is
-            that of the parameters.
-        channels: of the convolutions, at least one; height and width must allow as many
-            halvings.
-        activation: name of a function in ``jax.nn``, or an elementwise callable.
-        loss: ``"mse"`` or ``"cross-entropy"``, see :func:`supervised`.
-        seed: draws the weights.
-        chunk: samples at a time, see :func:`chunked_mean`.
+    **Arguments**
 
-    Returns:
-        The problem; its parameters are the nested dict of ``params["convolutions"][i]``
-        and ``params["head"]``, each a ``kernel`` and a ``bias``.
+    - `data`: inputs [n, height, width, channels], targets [n, classes]; their dtype is
+      that of the parameters.
+    - `channels`: of the convolutions, at least one; height and width must allow as many
+      halvings.
+    - `activation`: name of a function in `jax.nn`, or an elementwise callable.
+    - `loss`: `"mse"` or `"cross-entropy"`, see `supervised`.
+    - `seed`: draws the weights.
+    - `chunk`: samples at a time, see `chunked_mean`.
 
-    Raises:
-        ValueError: an argument is out of range or not one of the choices, or the inputs
-            are no images, or too small for so many layers.
+    **Returns** the problem; its parameters are the nested dict of
+    `params["convolutions"][i]` and `params["head"]`, each a `kernel` and a
+    `bias`.
+
+    **Raises** `ValueError` if an argument is out of range or not one of the choices, or
+    the inputs are no images, or too small for so many layers.
 
     Source: the small full-batch CNNs of Cohen et al., ICLR 2025, arXiv 2410.24206.
 
-    Example:
-        >>> import rodjax as rj
-        >>> problem = rj.problems.cnn(rj.problems.digits(20), channels=(4, 4))
-        >>> problem.params["convolutions"][1]["kernel"].shape
-        (3, 3, 4, 4)
+    ```python
+    >>> import rodjax as rj
+    >>> problem = rj.problems.cnn(rj.problems.digits(20), channels=(4, 4))
+    >>> problem.params["convolutions"][1]["kernel"].shape
+    (3, 3, 4, 4)
+
+    ```
     """
     check_counts(channels=channels)
     image, classes = image_shape(data), data.targets.shape[-1]

@@ -22,27 +22,30 @@ def sequences(
 ) -> Data:
     """Random sequences, and the same sorted.
 
-    Args:
-        n: number of sequences.
-        length: of each.
-        vocabulary: tokens are uniform on ``0, ..., vocabulary - 1``.
-        seed: draws them.
-        dtype: of the targets; None for JAX's default float.
+    **Arguments**
 
-    Returns:
-        Tokens [n, length], integers, and one-hot targets [n, length, vocabulary].
+    - `n`: number of sequences.
+    - `length`: of each.
+    - `vocabulary`: tokens are uniform on `0, ..., vocabulary - 1`.
+    - `seed`: draws them.
+    - `dtype`: of the targets; None for JAX's default float.
 
-    Raises:
-        ValueError: a size is not a positive whole number, or ``dtype`` is unfit.
+    **Returns** tokens [n, length], integers, and one-hot targets [n, length,
+    vocabulary].
+
+    **Raises** `ValueError` if a size is not a positive whole number, or `dtype` is
+    unfit.
 
     Source: the synthetic sorting task of Cohen et al., ICLR 2025, arXiv 2410.24206
     (reconstructed).
 
-    Example:
-        >>> data = sequences(3, length=4, vocabulary=5)
-        >>> first = data.inputs[0].tolist()
-        >>> data.targets[0].argmax(-1).tolist() == sorted(first)
-        True
+    ```python
+    >>> data = sequences(3, length=4, vocabulary=5)
+    >>> first = data.inputs[0].tolist()
+    >>> data.targets[0].argmax(-1).tolist() == sorted(first)
+    True
+
+    ```
     """
     dtype = float_dtype(dtype)
     check_counts(n=[n], length=[length], vocabulary=[vocabulary])
@@ -88,40 +91,41 @@ def sorting(
     chunk: int | None = None,
     dtype: DTypeLike | None = None,
 ) -> Problem:
-    """A transformer that sorts :func:`sequences`, all positions at once.
+    """A transformer that sorts `sequences`, all positions at once.
 
     Tokens are embedded, with learned positions; pre-norm blocks of attention and a GELU
     layer of twice the width follow, and a linear layer scores every token at every
-    position. Weights start as ``N(0, 1 / fan_in)``, biases at zero.
+    position. Weights start as `N(0, 1 / fan_in)`, biases at zero.
 
-    Args:
-        n: number of sequences.
-        length: of each.
-        vocabulary: number of tokens.
-        width: of the embedding, a multiple of ``heads``.
-        depth: number of blocks.
-        heads: of the attention.
-        loss: ``"cross-entropy"`` or ``"mse"``, see :func:`supervised`.
-        seed: draws the sequences and the weights; ``draw`` draws weights only.
-        chunk: samples at a time, see :func:`chunked_mean`.
-        dtype: of parameters and computation; None for JAX's default float.
+    **Arguments**
 
-    Returns:
-        The problem; its parameters are the nested dict of ``params["embed"]``,
-        ``params["transformer"]`` and ``params["head"]``.
+    - `n`: number of sequences.
+    - `length`: of each.
+    - `vocabulary`: number of tokens.
+    - `width`: of the embedding, a multiple of `heads`.
+    - `depth`: number of blocks.
+    - `heads`: of the attention.
+    - `loss`: `"cross-entropy"` or `"mse"`, see `supervised`.
+    - `seed`: draws the sequences and the weights; `draw` draws weights only.
+    - `chunk`: samples at a time, see `chunked_mean`.
+    - `dtype`: of parameters and computation; None for JAX's default float.
 
-    Raises:
-        ValueError: an argument is out of range or not one of the choices.
+    **Returns** the problem; its parameters are the nested dict of `params["embed"]`,
+    `params["transformer"]` and `params["head"]`.
+
+    **Raises** `ValueError` if an argument is out of range or not one of the choices.
 
     Source: the sorting task of Cohen et al., ICLR 2025, arXiv 2410.24206
     (reconstructed); Vaswani et al., NeurIPS 2017, arXiv 1706.03762.
 
-    Example:
-        >>> problem = sorting(10, length=4, vocabulary=5, width=8)
-        >>> problem.params["embed"]["embedding"].shape
-        (5, 8)
-        >>> bool(problem.metrics["accuracy"](problem.params) < 0.9)
-        True
+    ```python
+    >>> problem = sorting(10, length=4, vocabulary=5, width=8)
+    >>> problem.params["embed"]["embedding"].shape
+    (5, 8)
+    >>> bool(problem.metrics["accuracy"](problem.params) < 0.9)
+    True
+
+    ```
     """
     check_sizes(width, depth, heads)
     data = sequences(n, length=length, vocabulary=vocabulary, seed=seed, dtype=dtype)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from rodjax.problems._base import Data, Problem
 from rodjax.problems._chunked import chunked_mean
 
-#: Function from a ``jax.random`` key to a model: inputs [m, ...] to outputs.
+#: Function from a `jax.random` key to a model: inputs [m, ...] to outputs.
 Build = Callable[[Array], Callable[[Array], Array]]
 
 Loss = Literal["mse", "cross-entropy"]
@@ -39,42 +39,43 @@ def supervised(
     chunk: int | None = None,
     name: str = "supervised",
 ) -> Problem:
-    """Full-batch training of a Flax (nnx) model on ``data``.
+    """Full-batch training of a Flax (nnx) model on `data`.
 
     The loss is the mean over the samples, and over the outputs of each if it has
-    several, of ``||outputs - targets||^2 / 2`` (``"mse"``) or of the softmax cross
-    entropy (``"cross-entropy"``, :func:`optax.softmax_cross_entropy`).
+    several, of `||outputs - targets||^2 / 2` (`"mse"`) or of the softmax cross
+    entropy (`"cross-entropy"`, `optax.softmax_cross_entropy`).
 
-    Args:
-        build: function from a ``jax.random`` key to an ``nnx.Module`` that maps inputs
-            [m, ...] to outputs shaped as the targets. All its state must be
-            parameters: no batch statistics, no dropout.
-        data: the samples.
-        loss: ``"mse"`` or ``"cross-entropy"``.
-        seed: of the key given to ``build``.
-        chunk: samples at a time, see :func:`chunked_mean`; None for all at once.
-        name: of the problem.
+    **Arguments**
 
-    Returns:
-        The problem, with the metric ``accuracy``; its parameters are the nested dict
-        ``nnx.to_pure_dict(nnx.state(model))``. ``draw(key)`` are those of
-        ``build(key)``.
+    - `build`: function from a `jax.random` key to an `nnx.Module` that maps inputs
+      [m, ...] to outputs shaped as the targets. All its state must be parameters: no
+      batch statistics, no dropout.
+    - `data`: the samples.
+    - `loss`: `"mse"` or `"cross-entropy"`.
+    - `seed`: of the key given to `build`.
+    - `chunk`: samples at a time, see `chunked_mean`; None for all at once.
+    - `name`: of the problem.
 
-    Raises:
-        ValueError: an argument is out of range or not one of the choices, ``build``
-            makes a model with other state than parameters, or one whose outputs do not
-            have the targets' shape.
+    **Returns** the problem, with the metric `accuracy`; its parameters are the nested
+    dict `nnx.to_pure_dict(nnx.state(model))`. `draw(key)` are those of
+    `build(key)`.
+
+    **Raises** `ValueError` if an argument is out of range or not one of the choices,
+    `build` makes a model with other state than parameters, or one whose outputs do
+    not have the targets' shape.
 
     Source: the full-batch setting of Cohen et al., ICLR 2021, arXiv 2103.00065.
 
-    Example:
-        >>> import jax, rodjax as rj
-        >>> from flax import nnx
-        >>> data = rj.problems.clusters(20, shape=(4,), classes=3)
-        >>> build = lambda key: nnx.Linear(4, 3, rngs=nnx.Rngs(key))
-        >>> problem = supervised(build, data)
-        >>> jax.tree.map(lambda x: x.shape, problem.params)
-        {'bias': (3,), 'kernel': (4, 3)}
+    ```python
+    >>> import jax, rodjax as rj
+    >>> from flax import nnx
+    >>> data = rj.problems.clusters(20, shape=(4,), classes=3)
+    >>> build = lambda key: nnx.Linear(4, 3, rngs=nnx.Rngs(key))
+    >>> problem = supervised(build, data)
+    >>> jax.tree.map(lambda x: x.shape, problem.params)
+    {'bias': (3,), 'kernel': (4, 3)}
+
+    ```
     """
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r} is unknown: give one of {list(LOSSES)}.")

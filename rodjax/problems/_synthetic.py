@@ -21,32 +21,33 @@ def clusters(
 ) -> Data:
     """Samples scattered about one random point for each class.
 
-    ``inputs = (centre + noise e) / sqrt(1 + noise^2)``, less their mean, with standard
-    normal centres and ``e``: entries of variance one. Classes take turns. Where the
+    `inputs = (centre + noise e) / sqrt(1 + noise^2)`, less their mean, with standard
+    normal centres and `e`: entries of variance one. Classes take turns. Where the
     noise is larger than the centres a small network must sharpen to fit it, and so
-    gets to the edge of stability: :func:`mlp` with its defaults at learning rate 0.8.
+    gets to the edge of stability: `mlp` with its defaults at learning rate 0.8.
 
-    Args:
-        n: number of samples.
-        shape: of one input, such as (height, width, channels).
-        classes: number of them.
-        noise: relative to the distance of the centres from zero, not negative.
-        seed: draws everything.
-        dtype: of the arrays; None for JAX's default float.
+    **Arguments**
 
-    Returns:
-        Inputs [n, *shape] and one-hot targets [n, classes].
+    - `n`: number of samples.
+    - `shape`: of one input, such as (height, width, channels).
+    - `classes`: number of them.
+    - `noise`: relative to the distance of the centres from zero, not negative.
+    - `seed`: draws everything.
+    - `dtype`: of the arrays; None for JAX's default float.
 
-    Raises:
-        ValueError: a size is not a positive whole number, ``noise`` is negative or not
-            finite, or ``dtype`` is unfit.
+    **Returns** inputs [n, *shape] and one-hot targets [n, classes].
+
+    **Raises** `ValueError` if a size is not a positive whole number, `noise` is
+    negative or not finite, or `dtype` is unfit.
 
     Source: the Gaussian mixture of textbooks.
 
-    Example:
-        >>> data = clusters(30, shape=(4,), classes=3, noise=0.0)
-        >>> bool((data.inputs[0] == data.inputs[3]).all())
-        True
+    ```python
+    >>> data = clusters(30, shape=(4,), classes=3, noise=0.0)
+    >>> bool((data.inputs[0] == data.inputs[3]).all())
+    True
+
+    ```
     """
     dtype = float_dtype(dtype)
     check_counts(n=[n], shape=shape, classes=[classes])

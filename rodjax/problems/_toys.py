@@ -25,29 +25,31 @@ def quadratic(
 ) -> Problem:
     """A quadratic with a prescribed Hessian spectrum.
 
-    ``L(w) = w^T H w / 2`` with ``H = Q diag(spectrum) Q^T``. An optimizer step of
-    gradient descent multiplies the component along eigenvalue ``h`` by ``1 - eta h``.
+    `L(w) = w^T H w / 2` with `H = Q diag(spectrum) Q^T`. An optimizer step of
+    gradient descent multiplies the component along eigenvalue `h` by `1 - eta h`.
 
-    Args:
-        spectrum: the eigenvalues of the Hessian, shape [d]; any sign.
-        seed: draws the orthogonal ``Q`` (uniformly) and the start; None for ``Q = I``
-            and the start of seed 0.
-        scale: the start is ``scale`` times a standard normal vector.
-        dtype: of the parameters; None for JAX's default float.
+    **Arguments**
 
-    Returns:
-        The problem, with parameters ``{"w": [d]}``.
+    - `spectrum`: the eigenvalues of the Hessian, shape [d]; any sign.
+    - `seed`: draws the orthogonal `Q` (uniformly) and the start; None for `Q = I`
+      and the start of seed 0.
+    - `scale`: the start is `scale` times a standard normal vector.
+    - `dtype`: of the parameters; None for JAX's default float.
 
-    Raises:
-        ValueError: ``spectrum`` is no non-empty finite vector, or another is unfit.
+    **Returns** the problem, with parameters `{"w": [d]}`.
+
+    **Raises** `ValueError` if `spectrum` is no non-empty finite vector, or another is
+    unfit.
 
     Source: textbook, e.g. Cohen et al., ICLR 2021, arXiv 2103.00065, section 2.
 
-    Example:
-        >>> import jax
-        >>> problem = quadratic([3.0, 1.0])
-        >>> jax.hessian(problem.loss)(problem.params)["w"]["w"].tolist()
-        [[3.0, 0.0], [0.0, 1.0]]
+    ```python
+    >>> import jax
+    >>> problem = quadratic([3.0, 1.0])
+    >>> jax.hessian(problem.loss)(problem.params)["w"]["w"].tolist()
+    [[3.0, 0.0], [0.0, 1.0]]
+
+    ```
     """
     dtype = float_dtype(dtype)
     eigenvalues = vector("spectrum", spectrum, dtype)
@@ -78,34 +80,36 @@ def quartic_well(
 ) -> Problem:
     """A scalar well that flattens away from its minimum.
 
-    ``L(w) = S w^2 / 2 - Q w^4 / 4`` with ``S = sharpness`` and ``Q = quartic``. Under
-    gradient descent with learning rate ``eta`` the rod flow's fixed point is
-    ``Sigma* = S / Q - 2 / (eta Q)``: beyond the edge, ``eta S > 2``, the iterates
-    settle, for ``eta S < 3``, on the cycle ``w = +-sqrt(Sigma*)`` of two optimizer
-    steps. The loss is unbounded below: iterates beyond ``w^2 = S / Q`` escape.
+    `L(w) = S w^2 / 2 - Q w^4 / 4` with `S = sharpness` and `Q = quartic`. Under
+    gradient descent with learning rate `eta` the rod flow's fixed point is
+    `Sigma* = S / Q - 2 / (eta Q)`: beyond the edge, `eta S > 2`, the iterates
+    settle, for `eta S < 3`, on the cycle `w = +-sqrt(Sigma*)` of two optimizer
+    steps. The loss is unbounded below: iterates beyond `w^2 = S / Q` escape.
 
-    Args:
-        sharpness: the second derivative at the minimum, positive.
-        quartic: strength of the flattening, positive.
-        initial: the initial parameter.
-        dtype: of the parameter; None for JAX's default float.
+    **Arguments**
 
-    Returns:
-        The problem; its parameter is one array of shape ``()``.
+    - `sharpness`: the second derivative at the minimum, positive.
+    - `quartic`: strength of the flattening, positive.
+    - `initial`: the initial parameter.
+    - `dtype`: of the parameter; None for JAX's default float.
 
-    Raises:
-        ValueError: an argument is out of the range above, or ``dtype`` is unfit.
+    **Returns** the problem; its parameter is one array of shape `()`.
+
+    **Raises** `ValueError` if an argument is out of the range above, or `dtype` is
+    unfit.
 
     Source: Regis & Chewi, arXiv 2602.01480.
 
-    Example:
-        >>> import jax
-        >>> problem = quartic_well(sharpness=2.5)  # the edge for eta = 1 is at 2
-        >>> w = problem.params
-        >>> for _ in range(30):
-        ...     w = w - 1.0 * jax.grad(problem.loss)(w)
-        >>> round(float(w) ** 2, 4)  # Sigma* = 2.5 - 2
-        0.5
+    ```python
+    >>> import jax
+    >>> problem = quartic_well(sharpness=2.5)  # the edge for eta = 1 is at 2
+    >>> w = problem.params
+    >>> for _ in range(30):
+    ...     w = w - 1.0 * jax.grad(problem.loss)(w)
+    >>> round(float(w) ** 2, 4)  # Sigma* = 2.5 - 2
+    0.5
+
+    ```
     """
     dtype = float_dtype(dtype)
     check_positive("sharpness", sharpness)
@@ -128,34 +132,36 @@ def factorization(
 ) -> Problem:
     """Two-layer matrix factorization (a deep linear network) of a known target.
 
-    ``L(w1, w2) = ||w2 w1 - A||_F^2 / 2`` with ``A = U diag(singular_values) V^T``,
-    ``U`` and ``V`` drawn with orthonormal columns. Where ``w2 w1 = A`` the sharpness
-    is ``||w1||_2^2 + ||w2||_2^2`` (spectral norms), at least twice the largest
+    `L(w1, w2) = ||w2 w1 - A||_F^2 / 2` with `A = U diag(singular_values) V^T`,
+    `U` and `V` drawn with orthonormal columns. Where `w2 w1 = A` the sharpness
+    is `||w1||_2^2 + ||w2||_2^2` (spectral norms), at least twice the largest
     singular value.
 
-    Args:
-        dims: ``(d_in, h, d_out)``, positive.
-        singular_values: those of ``A``, >= 0, shape [r], ``r <= min(d_in, d_out)``;
-            the minimum of the loss is 0 iff at most ``h`` of them are positive.
-        seed: draws ``U``, ``V`` and the start.
-        scale: the start has independent normal entries, of standard deviation
-            ``scale / sqrt(fan_in)``.
-        dtype: of the parameters; None for JAX's default float.
+    **Arguments**
 
-    Returns:
-        The problem, with parameters ``{"w1": [h, d_in], "w2": [d_out, h]}``.
+    - `dims`: `(d_in, h, d_out)`, positive.
+    - `singular_values`: those of `A`, >= 0, shape [r], `r <= min(d_in, d_out)`; the
+      minimum of the loss is 0 iff at most `h` of them are positive.
+    - `seed`: draws `U`, `V` and the start.
+    - `scale`: the start has independent normal entries, of standard deviation `scale /
+      sqrt(fan_in)`.
+    - `dtype`: of the parameters; None for JAX's default float.
 
-    Raises:
-        ValueError: an argument is out of the range above, or ``dtype`` is unfit.
+    **Returns** the problem, with parameters `{"w1": [h, d_in], "w2": [d_out, h]}`.
+
+    **Raises** `ValueError` if an argument is out of the range above, or `dtype` is
+    unfit.
 
     Source: Saxe et al., ICLR 2014, arXiv 1312.6120.
 
-    Example:
-        >>> problem = factorization((4, 3, 2), [2.0, 1.0], scale=0.0)
-        >>> problem.params["w1"].shape, problem.params["w2"].shape
-        ((3, 4), (2, 3))
-        >>> round(float(problem.loss(problem.params)), 4)  # (2^2 + 1^2) / 2
-        2.5
+    ```python
+    >>> problem = factorization((4, 3, 2), [2.0, 1.0], scale=0.0)
+    >>> problem.params["w1"].shape, problem.params["w2"].shape
+    ((3, 4), (2, 3))
+    >>> round(float(problem.loss(problem.params)), 4)  # (2^2 + 1^2) / 2
+    2.5
+
+    ```
     """
     dtype = float_dtype(dtype)
     if len(dims) != 3 or not all(isinstance(d, int) and d > 0 for d in dims):
@@ -194,26 +200,28 @@ def scalar_factorization(
 ) -> Problem:
     """Factorization of a number into two.
 
-    ``L(a, b) = (a b - target)^2 / 2``. Its minima are the hyperbola ``a b = target``,
-    of sharpness ``a^2 + b^2 >= 2 |target|``; gradient flow keeps ``a^2 - b^2``.
+    `L(a, b) = (a b - target)^2 / 2`. Its minima are the hyperbola `a b = target`,
+    of sharpness `a^2 + b^2 >= 2 |target|`; gradient flow keeps `a^2 - b^2`.
 
-    Args:
-        target: the number to factorize.
-        initial: the initial ``(a, b)``.
-        dtype: of the parameters; None for JAX's default float.
+    **Arguments**
 
-    Returns:
-        The problem, with parameters ``{"a": [], "b": []}``.
+    - `target`: the number to factorize.
+    - `initial`: the initial `(a, b)`.
+    - `dtype`: of the parameters; None for JAX's default float.
 
-    Raises:
-        ValueError: ``target`` is not finite, or ``initial`` or ``dtype`` is unfit.
+    **Returns** the problem, with parameters `{"a": [], "b": []}`.
+
+    **Raises** `ValueError` if `target` is not finite, or `initial` or `dtype` is
+    unfit.
 
     Source: e.g. Wang et al., ICLR 2022, arXiv 2110.03677.
 
-    Example:
-        >>> problem = scalar_factorization(target=1.0, initial=(2.0, 1.0))
-        >>> float(problem.loss(problem.params))
-        0.5
+    ```python
+    >>> problem = scalar_factorization(target=1.0, initial=(2.0, 1.0))
+    >>> float(problem.loss(problem.params))
+    0.5
+
+    ```
     """
     dtype = float_dtype(dtype)
     check_finite("target", [target])

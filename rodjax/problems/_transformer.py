@@ -12,7 +12,7 @@ EXPANSION = 2
 
 
 def initializer() -> nnx.Initializer:
-    """Of weights: ``N(0, 1 / fan_in)``."""
+    """Of weights: `N(0, 1 / fan_in)`."""
     return nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 

@@ -62,36 +62,37 @@ def vit(
 
     Patches are embedded linearly, with learned positions; pre-norm blocks of attention
     and a GELU layer of twice the width follow; their outputs, normalized, are averaged
-    over the patches and read out linearly. Weights start as ``N(0, 1 / fan_in)``,
+    over the patches and read out linearly. Weights start as `N(0, 1 / fan_in)`,
     biases at zero.
 
-    Args:
-        data: inputs [n, height, width, channels], targets [n, classes]; their dtype is
-            that of the parameters.
-        patch: side of a patch, which divides height and width.
-        width: of the embedding, a multiple of ``heads``.
-        depth: number of blocks.
-        heads: of the attention.
-        loss: ``"mse"`` or ``"cross-entropy"``, see :func:`supervised`.
-        seed: draws the weights.
-        chunk: samples at a time, see :func:`chunked_mean`.
+    **Arguments**
 
-    Returns:
-        The problem; its parameters are the nested dict of ``params["embed"]``,
-        ``params["transformer"]`` and ``params["head"]``.
+    - `data`: inputs [n, height, width, channels], targets [n, classes]; their dtype is
+      that of the parameters.
+    - `patch`: side of a patch, which divides height and width.
+    - `width`: of the embedding, a multiple of `heads`.
+    - `depth`: number of blocks.
+    - `heads`: of the attention.
+    - `loss`: `"mse"` or `"cross-entropy"`, see `supervised`.
+    - `seed`: draws the weights.
+    - `chunk`: samples at a time, see `chunked_mean`.
 
-    Raises:
-        ValueError: an argument is out of range or not one of the choices, or the inputs
-            are no images.
+    **Returns** the problem; its parameters are the nested dict of `params["embed"]`,
+    `params["transformer"]` and `params["head"]`.
+
+    **Raises** `ValueError` if an argument is out of range or not one of the choices, or
+    the inputs are no images.
 
     Source: Dosovitskiy et al., ICLR 2021, arXiv 2010.11929; trained full-batch in Cohen
     et al., ICLR 2025, arXiv 2410.24206.
 
-    Example:
-        >>> import rodjax as rj
-        >>> problem = rj.problems.vit(rj.problems.digits(20), width=8, depth=1)
-        >>> problem.params["embed"]["kernel"].shape
-        (16, 8)
+    ```python
+    >>> import rodjax as rj
+    >>> problem = rj.problems.vit(rj.problems.digits(20), width=8, depth=1)
+    >>> problem.params["embed"]["kernel"].shape
+    (16, 8)
+
+    ```
     """
     check_counts(patch=[patch])
     check_sizes(width, depth, heads)

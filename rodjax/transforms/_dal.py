@@ -19,16 +19,18 @@ from rodjax.transforms._extra import check_numbers, joint_scalar, loss_of_params
 
 
 class ScaleByDalState(NamedTuple):
-    """State of :func:`scale_by_dal`: the learning rate of the last step, to log.
+    """State of `scale_by_dal`: the learning rate of the last step, to log.
 
-    ``learning_rate`` has shape ``()`` and the common dtype of the parameters; it is 0
-    before the first step. ``optax.tree.get(state, "learning_rate")`` finds it in a
+    `learning_rate` has shape `()` and the common dtype of the parameters; it is 0
+    before the first step. `optax.tree.get(state, "learning_rate")` finds it in a
     chain.
 
-    Example:
-        >>> import jax.numpy as jnp
-        >>> float(scale_by_dal().init(jnp.ones(3)).learning_rate)
-        0.0
+    ```python
+    >>> import jax.numpy as jnp
+    >>> float(scale_by_dal().init(jnp.ones(3)).learning_rate)
+    0.0
+
+    ```
     """
 
     learning_rate: Float[Array, ""]
@@ -37,44 +39,45 @@ class ScaleByDalState(NamedTuple):
 def scale_by_dal(
     p: ArrayLike = 1.0, max_lr: ArrayLike = 5.0
 ) -> optax.GradientTransformationExtraArgs:
-    """Scale the gradient ``g`` by the learning rate of DAL-p at this step.
+    """Scale the gradient `g` by the learning rate of DAL-p at this step.
 
-    With ``H`` the Hessian of the loss at the parameters::
+    With `H` the Hessian of the loss at the parameters:
 
         lr = min(2 / (||H g|| / ||g||)^p, max_lr)
 
-    ``p = 1`` is DAL: the edge of stability for the curvature that the gradient meets,
-    so that no direction of it is expanded. A smaller ``p`` is bolder where that
-    curvature exceeds 1, and ``p = 0`` is the constant ``min(2, max_lr)``. Where ``g``
-    or ``H g`` vanishes ``lr = max_lr`` for ``p > 0``. For momentum, as in the paper::
+    `p = 1` is DAL: the edge of stability for the curvature that the gradient meets,
+    so that no direction of it is expanded. A smaller `p` is bolder where that
+    curvature exceeds 1, and `p = 0` is the constant `min(2, max_lr)`. Where `g`
+    or `H g` vanishes `lr = max_lr` for `p > 0`. For momentum, as in the paper:
 
         optax.chain(scale_by_dal(), optax.trace(0.9), optax.scale(-1.0))
 
-    Args:
-        p: the power, >= 0; numbers or (traced) scalar arrays, ``max_lr`` too.
-        max_lr: the highest learning rate, positive and finite.
+    **Arguments**
 
-    Returns:
-        A transformation from gradients to ``lr g`` of the same shapes and dtypes, with
-        state :class:`ScaleByDalState`. Its ``update`` takes, as extra arguments,
-        ``value_fn``, the loss as a function of the parameters (with further extra
-        arguments that it names, such as a batch, passed on: give it the batch that
-        ``g`` was taken on), or else ``hvp``, a function from a vector like the
-        parameters to ``H`` times it. It costs one Hessian-vector product.
+    - `p`: the power, >= 0; numbers or (traced) scalar arrays, `max_lr` too.
+    - `max_lr`: the highest learning rate, positive and finite.
 
-    Raises:
-        ValueError: a number is out of range, ``params`` is empty or not real, or
-            ``update`` is given neither ``hvp`` nor ``value_fn`` and ``params``.
+    **Returns** a transformation from gradients to `lr g` of the same shapes and
+    dtypes, with state `ScaleByDalState`. Its `update` takes, as extra
+    arguments, `value_fn`, the loss as a function of the parameters (with further
+    extra arguments that it names, such as a batch, passed on: give it the batch that
+    `g` was taken on), or else `hvp`, a function from a vector like the parameters
+    to `H` times it. It costs one Hessian-vector product.
+
+    **Raises** `ValueError` if a number is out of range, `params` is empty or not
+    real, or `update` is given neither `hvp` nor `value_fn` and `params`.
 
     Source: Rosca et al., TMLR 2023, arXiv 2302.01952.
 
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> loss = lambda w: 2 * jnp.sum(w**2)  # H = 4, so lr = 2 / 4
-        >>> w, tx = jnp.array([3.0, -4.0]), scale_by_dal()
-        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
-        >>> updates.tolist(), float(state.learning_rate)
-        ([6.0, -8.0], 0.5)
+    ```python
+    >>> import jax, jax.numpy as jnp
+    >>> loss = lambda w: 2 * jnp.sum(w**2)  # H = 4, so lr = 2 / 4
+    >>> w, tx = jnp.array([3.0, -4.0]), scale_by_dal()
+    >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+    >>> updates.tolist(), float(state.learning_rate)
+    ([6.0, -8.0], 0.5)
+
+    ```
     """
     check_numbers({}, {"p": p})
     if isinstance(max_lr, numbers.Real) and not (
@@ -125,16 +128,18 @@ def dal(
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient descent with the learning rate of DAL-p, which needs no tuning.
 
-    ``w_{t+1} = w_t - min(2 / (||H g|| / ||g||)^p, max_lr) g``: :func:`scale_by_dal`,
+    `w_{t+1} = w_t - min(2 / (||H g|| / ||g||)^p, max_lr) g`: `scale_by_dal`,
     whose arguments, extra arguments, errors and source these are, with the sign of
     descent.
 
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> loss = lambda w: 2 * jnp.sum(w**2)  # H = 4, so lr = 2 / 4
-        >>> w, tx = jnp.array([3.0, -4.0]), dal()
-        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
-        >>> updates.tolist(), float(optax.tree.get(state, "learning_rate"))
-        ([-6.0, 8.0], 0.5)
+    ```python
+    >>> import jax, jax.numpy as jnp
+    >>> loss = lambda w: 2 * jnp.sum(w**2)  # H = 4, so lr = 2 / 4
+    >>> w, tx = jnp.array([3.0, -4.0]), dal()
+    >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+    >>> updates.tolist(), float(optax.tree.get(state, "learning_rate"))
+    ([-6.0, 8.0], 0.5)
+
+    ```
     """
     return optax.chain(scale_by_dal(p, max_lr), optax.scale(-1.0))

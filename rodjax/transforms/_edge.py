@@ -17,17 +17,19 @@ from rodjax.transforms._extra import check_numbers, joint_scalar, loss_of_params
 
 
 class EdgeGradientDescentState(NamedTuple):
-    """State of :func:`edge_gradient_descent`.
+    """State of `edge_gradient_descent`.
 
-    ``count`` (int or float, shape ``()``) is the number of optimizer steps taken;
-    ``direction`` the unit vector of the oscillation, like the parameters; ``radius``
-    (shape ``()``) its size, in the norm of the parameters.
+    `count` (int or float, shape `()`) is the number of optimizer steps taken;
+    `direction` the unit vector of the oscillation, like the parameters; `radius`
+    (shape `()`) its size, in the norm of the parameters.
 
-    Example:
-        >>> import jax.numpy as jnp
-        >>> state = edge_gradient_descent(0.1, floor=1e-3).init(jnp.array([3.0, 4.0]))
-        >>> round(float(jnp.linalg.norm(state.direction)), 4), state.radius.shape
-        (1.0, ())
+    ```python
+    >>> import jax.numpy as jnp
+    >>> state = edge_gradient_descent(0.1, floor=1e-3).init(jnp.array([3.0, 4.0]))
+    >>> round(float(jnp.linalg.norm(state.direction)), 4), state.radius.shape
+    (1.0, ())
+
+    ```
     """
 
     count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride] (as Optax)
@@ -43,56 +45,57 @@ def edge_gradient_descent(
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient descent that carries its oscillation at the edge instead of making it.
 
-    With ``c`` the parameters, ``u`` and ``r`` the direction and the radius of the
-    oscillation, ``g`` the gradient, ``H`` the Hessian at ``c`` and ``eta`` the
-    learning rate, one step is (reconstructed)::
+    With `c` the parameters, `u` and `r` the direction and the radius of the
+    oscillation, `g` the gradient, `H` the Hessian at `c` and `eta` the
+    learning rate, one step is (reconstructed):
 
         S  = u . H u
         c' = c - eta (g(c + r u) + g(c - r u)) / 2
         r' = max(r exp(eta S - 2), floor ||c||)
         u' = (u + eta H u) / ||u + eta H u||
 
-    Beyond the edge ``r`` grows and the symmetrized gradient lowers the sharpness, as
+    Beyond the edge `r` grows and the symmetrized gradient lowers the sharpness, as
     the oscillation of gradient descent would, but the loss does not swing. On a
-    quadratic, and wherever ``r`` is small, it is gradient descent.
+    quadratic, and wherever `r` is small, it is gradient descent.
 
-    ``u`` takes a unit step of the Rayleigh quotient flow ``H u - S u`` of edge flow,
-    written so that it stays at the top of the spectrum: in ``u + eta (H u - S u)`` the
-    flat directions would grow against it as soon as ``eta S > 2``.
+    `u` takes a unit step of the Rayleigh quotient flow `H u - S u` of edge flow,
+    written so that it stays at the top of the spectrum: in `u + eta (H u - S u)` the
+    flat directions would grow against it as soon as `eta S > 2`.
 
-    The centre ``c`` is itself subject to the edge. Where its own oscillation outgrows
-    ``r`` (large learning rates, which meet the edge early) nothing is gained over
-    gradient descent; a larger ``floor``, such as 1e-3, then makes ``r`` lead. One so
-    large that ``floor ||c||`` exceeds the radius at the edge keeps the sharpness below
-    ``2 / eta``.
+    The centre `c` is itself subject to the edge. Where its own oscillation outgrows
+    `r` (large learning rates, which meet the edge early) nothing is gained over
+    gradient descent; a larger `floor`, such as 1e-3, then makes `r` lead. One so
+    large that `floor ||c||` exceeds the radius at the edge keeps the sharpness below
+    `2 / eta`.
 
-    Args:
-        learning_rate: a number, a (traced) scalar array, or a schedule from optimizer
-            steps taken to the rate.
-        floor: the least radius relative to the norm of the parameters, >= 0; None for
-            the epsilon of their dtype.
-        key: draws the first direction: an int or a key from :func:`jax.random.key`.
+    **Arguments**
 
-    Returns:
-        A transformation, with state :class:`EdgeGradientDescentState`, whose updates
-        have the shapes and dtypes of the parameters. The gradients that it is given
-        are not used. Its ``update`` takes ``value_fn``, the loss as a function of the
-        parameters, as extra argument (with further ones that it names, such as a
-        batch, passed on); it costs two gradients and one Hessian-vector product.
+    - `learning_rate`: a number, a (traced) scalar array, or a schedule from optimizer
+      steps taken to the rate.
+    - `floor`: the least radius relative to the norm of the parameters, >= 0; None for
+      the epsilon of their dtype.
+    - `key`: draws the first direction: an int or a key from `jax.random.key`.
 
-    Raises:
-        ValueError: ``floor`` is negative, ``params`` is empty or not real, or
-            ``update`` is not given ``value_fn`` or ``params``.
+    **Returns** a transformation, with state `EdgeGradientDescentState`, whose
+    updates have the shapes and dtypes of the parameters. The gradients that it is given
+    are not used. Its `update` takes `value_fn`, the loss as a function of the
+    parameters, as extra argument (with further ones that it names, such as a batch,
+    passed on); it costs two gradients and one Hessian-vector product.
+
+    **Raises** `ValueError` if `floor` is negative, `params` is empty or not real,
+    or `update` is not given `value_fn` or `params`.
 
     Source: Marion, arXiv 2606.18080 (reconstructed from a description of it).
 
-    Example:
-        >>> import jax.numpy as jnp
-        >>> loss = lambda w: jnp.sum(w**4) / 4
-        >>> w, tx = jnp.array([1.0, -1.0]), edge_gradient_descent(0.1)
-        >>> updates, state = tx.update(jnp.zeros(2), tx.init(w), w, value_fn=loss)
-        >>> [round(u, 4) for u in updates.tolist()]
-        [-0.1, 0.1]
+    ```python
+    >>> import jax.numpy as jnp
+    >>> loss = lambda w: jnp.sum(w**4) / 4
+    >>> w, tx = jnp.array([1.0, -1.0]), edge_gradient_descent(0.1)
+    >>> updates, state = tx.update(jnp.zeros(2), tx.init(w), w, value_fn=loss)
+    >>> [round(u, 4) for u in updates.tolist()]
+    [-0.1, 0.1]
+
+    ```
     """
     if floor is not None:
         check_numbers({}, {"floor": floor})

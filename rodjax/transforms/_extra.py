@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from rodjax.optimizer import Loss
 
-#: The loss and gradient that Optax passes along with ``value_fn``, not meant for it.
+#: The loss and gradient that Optax passes along with `value_fn`, not meant for it.
 _RESERVED = frozenset({"value", "grad"})
 
 
@@ -22,30 +22,31 @@ def loss_of_params(
     params: PyTree | None,
     extra_args: dict[str, Any],
 ) -> Loss:
-    """``value_fn`` as a function of the parameters alone.
+    """`value_fn` as a function of the parameters alone.
 
     Its other arguments, such as a batch, are taken by name from the extra arguments
-    of ``update``, as in Optax's line searches; those it does not name are left alone,
+    of `update`, as in Optax's line searches; those it does not name are left alone,
     since in a chain they may belong to another transformation.
 
-    Args:
-        name: the transformation, for the error messages.
-        value_fn: function of the parameters, and of more by name, to a scalar.
-        params: the parameters given to ``update``.
-        extra_args: the other extra arguments given to ``update``.
+    **Arguments**
 
-    Returns:
-        A function of the parameters to a scalar.
+    - `name`: the transformation, for the error messages.
+    - `value_fn`: function of the parameters, and of more by name, to a scalar.
+    - `params`: the parameters given to `update`.
+    - `extra_args`: the other extra arguments given to `update`.
 
-    Raises:
-        ValueError: ``value_fn`` or ``params`` is missing.
+    **Returns** a function of the parameters to a scalar.
 
-    Source: the conventions of :func:`optax.scale_by_backtracking_linesearch`.
+    **Raises** `ValueError` if `value_fn` or `params` is missing.
 
-    Example:
-        >>> loss = loss_of_params("dal", lambda w, batch: w * batch, 1, {"batch": 2})
-        >>> loss(3)
-        6
+    Source: the conventions of `optax.scale_by_backtracking_linesearch`.
+
+    ```python
+    >>> loss = loss_of_params("dal", lambda w, batch: w * batch, 1, {"batch": 2})
+    >>> loss(3)
+    6
+
+    ```
     """
     if value_fn is None:
         raise ValueError(
@@ -63,12 +64,14 @@ def loss_of_params(
 
 
 def times(factor: Float[Array, ""], tree: PyTree) -> PyTree:
-    """``factor`` times every leaf, each in its own dtype.
+    """`factor` times every leaf, each in its own dtype.
 
-    Example:
-        >>> import jax.numpy as jnp
-        >>> times(jnp.float32(2.0), {"w": jnp.ones(2, jnp.bfloat16)})["w"].dtype.name
-        'bfloat16'
+    ```python
+    >>> import jax.numpy as jnp
+    >>> times(jnp.float32(2.0), {"w": jnp.ones(2, jnp.bfloat16)})["w"].dtype.name
+    'bfloat16'
+
+    ```
     """
     return jax.tree.map(lambda x: factor.astype(x.dtype) * x, tree)
 
@@ -76,7 +79,7 @@ def times(factor: Float[Array, ""], tree: PyTree) -> PyTree:
 def check_numbers(
     decays: dict[str, ArrayLike], constants: dict[str, ArrayLike]
 ) -> None:
-    """Decay rates in [0, 1) and constants >= 0, or a ``ValueError`` naming them."""
+    """Decay rates in [0, 1) and constants >= 0, or a `ValueError` naming them."""
     # Traced values cannot be compared, so only plain numbers are checked.
     for name, value in decays.items():
         if isinstance(value, numbers.Real) and not 0 <= float(value) < 1:
@@ -87,7 +90,7 @@ def check_numbers(
 
 
 def joint_scalar(params: PyTree, value: ArrayLike) -> Float[Array, ""]:
-    """A scalar of this value, in the common dtype of the leaves of ``params``."""
+    """A scalar of this value, in the common dtype of the leaves of `params`."""
     leaves = jax.tree.leaves(params)
     if not leaves:
         raise ValueError("params has no array leaves: give it at least one.")

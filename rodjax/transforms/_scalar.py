@@ -21,17 +21,19 @@ from rodjax.transforms._extra import check_numbers, joint_scalar
 
 
 class ScaleByScalarRmsWithCountState(NamedTuple):
-    """State of :func:`scale_by_scalar_rms` with bias correction.
+    """State of `scale_by_scalar_rms` with bias correction.
 
-    ``count`` (int or float, shape ``()``) is the number of optimizer steps taken,
-    ``nu`` (shape ``()``) the scalar second moment. Optax has the like but does
+    `count` (int or float, shape `()`) is the number of optimizer steps taken,
+    `nu` (shape `()`) the scalar second moment. Optax has the like but does
     not export it.
 
-    Example:
-        >>> import jax.numpy as jnp
-        >>> state = scale_by_scalar_rms(bias_correction=True).init(jnp.ones(3))
-        >>> state._fields, state.nu.shape
-        (('count', 'nu'), ())
+    ```python
+    >>> import jax.numpy as jnp
+    >>> state = scale_by_scalar_rms(bias_correction=True).init(jnp.ones(3))
+    >>> state._fields, state.nu.shape
+    (('count', 'nu'), ())
+
+    ```
     """
 
     count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride] (as Optax)
@@ -62,37 +64,40 @@ def scale_by_scalar_rms(
 ) -> optax.GradientTransformation:
     """Divide the gradient by the root of the EMA of its squared norm.
 
-    With ``g_t`` the gradient at step ``t = 1, 2, ...`` and ``nu_0 = initial_scale``::
+    With `g_t` the gradient at step `t = 1, 2, ...` and `nu_0 = initial_scale`:
 
         nu_t = decay nu_{t-1} + (1 - decay) ||g_t||^2
         n_t = nu_t / (1 - decay^t) if bias_correction else nu_t
         u_t = g_t / sqrt(n_t + eps) if eps_in_sqrt else g_t / (sqrt(n_t) + eps)
 
-    As :func:`optax.scale_by_rms` apart from the scalar ``nu``.
+    As `optax.scale_by_rms` apart from the scalar `nu`.
 
-    Args:
-        decay: decay rate per step, in [0, 1); memory about ``1 / (1 - decay)`` steps.
-        eps: added in the denominator, >= 0.
-        initial_scale: value of ``nu`` before the first step, >= 0.
-        eps_in_sqrt: whether ``eps`` stands inside the square root.
-        bias_correction: whether to divide ``nu`` by ``1 - decay^t``.
+    **Arguments**
 
-    Returns:
-        A transformation from gradients to updates of the same shapes and dtypes, with
-        state :class:`optax.ScaleByRmsState` (:class:`ScaleByScalarRmsWithCountState`
-        with ``bias_correction``); ``nu`` has shape ``()``, dtype of the parameters.
+    - `decay`: decay rate per step, in [0, 1); memory about `1 / (1 - decay)` steps.
+    - `eps`: added in the denominator, >= 0.
+    - `initial_scale`: value of `nu` before the first step, >= 0.
+    - `eps_in_sqrt`: whether `eps` stands inside the square root.
+    - `bias_correction`: whether to divide `nu` by `1 - decay^t`.
 
-    Raises:
-        ValueError: a number is out of range, or ``params`` is empty or not real.
+    **Returns** a transformation from gradients to updates of the same shapes and
+    dtypes, with state `optax.ScaleByRmsState`
+    (`ScaleByScalarRmsWithCountState` with `bias_correction`); `nu` has shape
+    `()`, dtype of the parameters.
+
+    **Raises** `ValueError` if a number is out of range, or `params` is empty or not
+    real.
 
     Source: Cohen et al., ICLR 2025, arXiv 2410.24206.
 
-    Example:
-        >>> import jax.numpy as jnp
-        >>> tx, grad = scale_by_scalar_rms(decay=0.0, eps=0.0), jnp.array([3.0, 4.0])
-        >>> updates, state = tx.update(grad, tx.init(grad))
-        >>> [round(u, 4) for u in updates.tolist()], float(state.nu)
-        ([0.6, 0.8], 25.0)
+    ```python
+    >>> import jax.numpy as jnp
+    >>> tx, grad = scale_by_scalar_rms(decay=0.0, eps=0.0), jnp.array([3.0, 4.0])
+    >>> updates, state = tx.update(grad, tx.init(grad))
+    >>> [round(u, 4) for u in updates.tolist()], float(state.nu)
+    ([0.6, 0.8], 25.0)
+
+    ```
     """
     check_numbers({"decay": decay}, {"eps": eps, "initial_scale": initial_scale})
 
@@ -131,17 +136,19 @@ def scalar_rmsprop(
 ) -> optax.GradientTransformation:
     """RMSProp with one scalar second moment for the whole gradient.
 
-    ``w_{t+1} = w_t - learning_rate u_t`` with ``u_t`` from
-    :func:`scale_by_scalar_rms`, whose arguments, shapes, errors and source these
-    are; as :func:`optax.rmsprop` without centring and momentum, apart from the
-    scalar ``nu``. ``learning_rate`` is a number, a (traced) scalar array of the dtype
+    `w_{t+1} = w_t - learning_rate u_t` with `u_t` from
+    `scale_by_scalar_rms`, whose arguments, shapes, errors and source these
+    are; as `optax.rmsprop` without centring and momentum, apart from the
+    scalar `nu`. `learning_rate` is a number, a (traced) scalar array of the dtype
     of the parameters, or a schedule from optimizer steps taken to the rate.
 
-    Example:
-        >>> import jax.numpy as jnp
-        >>> tx, grad = scalar_rmsprop(0.1, decay=0.0, eps=0.0), jnp.array([3.0, 4.0])
-        >>> [round(u, 4) for u in tx.update(grad, tx.init(grad))[0].tolist()]
-        [-0.06, -0.08]
+    ```python
+    >>> import jax.numpy as jnp
+    >>> tx, grad = scalar_rmsprop(0.1, decay=0.0, eps=0.0), jnp.array([3.0, 4.0])
+    >>> [round(u, 4) for u in tx.update(grad, tx.init(grad))[0].tolist()]
+    [-0.06, -0.08]
+
+    ```
     """
     return optax.chain(
         scale_by_scalar_rms(decay, eps, initial_scale, eps_in_sqrt, bias_correction),
@@ -160,7 +167,7 @@ def scale_by_scalar_adam(
 ) -> optax.GradientTransformation:
     """Rescale the gradient as Adam does, with a scalar second moment.
 
-    With ``g_t`` the gradient at optimizer step ``t = 1, 2, ...``::
+    With `g_t` the gradient at optimizer step `t = 1, 2, ...`:
 
         mu_t = b1 mu_{t-1} + (1 - b1) g_t            (per component)
         nu_t = b2 nu_{t-1} + (1 - b2) ||g_t||^2      (one scalar)
@@ -168,30 +175,32 @@ def scale_by_scalar_adam(
               b1 mu_t / (1 - b1^(t+1)) + (1 - b1) g_t / (1 - b1^t)
         u_t = m_t / (sqrt(nu_t / (1 - b2^t) + eps_root) + eps)
 
-    As :func:`optax.scale_by_adam` apart from the scalar ``nu``.
+    As `optax.scale_by_adam` apart from the scalar `nu`.
 
-    Args:
-        b1, b2: decay rates per step of the first and second moment, in [0, 1).
-        eps, eps_root: added outside and inside the square root, >= 0.
-        mu_dtype: dtype of the stored first moment; None for that of the parameters.
-        nesterov: whether to use Nesterov momentum (NAdam).
+    **Arguments**
 
-    Returns:
-        A transformation from gradients to updates of the same shapes, with state
-        :class:`optax.ScaleByAdamState`: ``count`` the steps taken (int32, but a float
-        works), ``mu`` shaped as the parameters, ``nu`` of shape ``()``.
+    - `b1`, `b2`: decay rates per step of the first and second moment, in [0, 1).
+    - `eps`, `eps_root`: added outside and inside the square root, >= 0.
+    - `mu_dtype`: dtype of the stored first moment; None for that of the parameters.
+    - `nesterov`: whether to use Nesterov momentum (NAdam).
 
-    Raises:
-        ValueError: a number is out of range, or ``params`` is empty or not real.
+    **Returns** a transformation from gradients to updates of the same shapes, with
+    state `optax.ScaleByAdamState`: `count` the steps taken (int32, but a float
+    works), `mu` shaped as the parameters, `nu` of shape `()`.
+
+    **Raises** `ValueError` if a number is out of range, or `params` is empty or not
+    real.
 
     Source: Regis & Chewi, arXiv 2605.06821.
 
-    Example:
-        >>> import jax.numpy as jnp
-        >>> tx, grad = scale_by_scalar_adam(eps=0.0), jnp.array([3.0, 4.0])
-        >>> updates, state = tx.update(grad, tx.init(grad))
-        >>> [round(u, 4) for u in updates.tolist()], state.nu.shape
-        ([0.6, 0.8], ())
+    ```python
+    >>> import jax.numpy as jnp
+    >>> tx, grad = scale_by_scalar_adam(eps=0.0), jnp.array([3.0, 4.0])
+    >>> updates, state = tx.update(grad, tx.init(grad))
+    >>> [round(u, 4) for u in updates.tolist()], state.nu.shape
+    ([0.6, 0.8], ())
+
+    ```
     """
     check_numbers({"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root})
 
@@ -235,17 +244,19 @@ def scalar_adam(
 ) -> optax.GradientTransformation:
     """Adam with one scalar second moment for the whole gradient.
 
-    ``w_{t+1} = w_t - learning_rate u_t`` with ``u_t`` from
-    :func:`scale_by_scalar_adam`, whose arguments, shapes, errors and source these
-    are; as :func:`optax.adam` apart from the scalar ``nu``. ``learning_rate`` is a
+    `w_{t+1} = w_t - learning_rate u_t` with `u_t` from
+    `scale_by_scalar_adam`, whose arguments, shapes, errors and source these
+    are; as `optax.adam` apart from the scalar `nu`. `learning_rate` is a
     number, a (traced) scalar array of the dtype of the parameters, or a schedule from
     optimizer steps taken to the rate.
 
-    Example:
-        >>> import jax.numpy as jnp
-        >>> tx, grad = scalar_adam(0.1, eps=0.0), jnp.array([3.0, 4.0])
-        >>> [round(u, 4) for u in tx.update(grad, tx.init(grad))[0].tolist()]
-        [-0.06, -0.08]
+    ```python
+    >>> import jax.numpy as jnp
+    >>> tx, grad = scalar_adam(0.1, eps=0.0), jnp.array([3.0, 4.0])
+    >>> [round(u, 4) for u in tx.update(grad, tx.init(grad))[0].tolist()]
+    [-0.06, -0.08]
+
+    ```
     """
     return optax.chain(
         scale_by_scalar_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
@@ -261,15 +272,17 @@ def scalar_nadam(
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    """NAdam with one scalar second moment: :func:`scalar_adam`, ``nesterov=True``.
+    """NAdam with one scalar second moment: `scalar_adam`, `nesterov=True`.
 
-    As :func:`optax.nadam` apart from the scalar ``nu``; formula, arguments, shapes,
-    errors and source are those of :func:`scalar_adam`.
+    As `optax.nadam` apart from the scalar `nu`; formula, arguments, shapes,
+    errors and source are those of `scalar_adam`.
 
-    Example:
-        >>> import jax.numpy as jnp
-        >>> tx, grad = scalar_nadam(0.1, b1=0.0, eps=0.0), jnp.array([3.0, 4.0])
-        >>> [round(u, 4) for u in tx.update(grad, tx.init(grad))[0].tolist()]
-        [-0.06, -0.08]
+    ```python
+    >>> import jax.numpy as jnp
+    >>> tx, grad = scalar_nadam(0.1, b1=0.0, eps=0.0), jnp.array([3.0, 4.0])
+    >>> [round(u, 4) for u in tx.update(grad, tx.init(grad))[0].tolist()]
+    [-0.06, -0.08]
+
+    ```
     """
     return scalar_adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=True)

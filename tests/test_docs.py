@@ -1,0 +1,143 @@
+"""The documentation: links, figures, pages; and the built site, where there is one."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+import rodjax as rj
+
+ROOT = Path(__file__).parents[1]
+DOCS, SITE = ROOT / "docs", ROOT / "site"
+PAGES = sorted(DOCS.rglob("*.md"))
+HOME = "https://rodjax.github.io/rodjax/"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOMS = [path.parent.name for path in (ROOT / "rodjax").glob("*/__init__.py")]
+#: What the build adds to the pages that are written by hand.
+MADE = {
+    DOCS / "figures" / "rodjax-run.png",
+    DOCS / "notebooks" / "index.md",
+    *(DOCS / "notebooks" / f"{p.stem}.md" for p in ROOT.glob("notebooks/*.ipynb")),
+    *(DOCS / "reference" / f"{room}.md" for room in [*ROOMS, "rodjax"]),
+}
+
+
+def links(text):
+    """Targets of links and pictures of a page, outside of code."""
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
+    return re.findall(r"\]\(([^)\s]+)\)", prose)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_links_of_a_page_lead_somewhere(page):
+    for link in links(page.read_text(encoding="utf-8")):
+        target = urlsplit(link)
+        if target.scheme:
+            assert target.scheme == "https", link
+        elif target.path:
+            file = (page.parent / target.path).resolve()
+            assert file in MADE or file.exists(), link
+
+
+def test_links_of_the_readme_are_absolute_and_lead_to_pages():
+    found = links(README)
+    assert found and all(link.startswith("https://") for link in found)
+    pages = [link.removeprefix(HOME) for link in found if link.startswith(HOME)]
+    assert len(pages) > 5
+    for page in pages:
+        file = DOCS / (page.removesuffix(".html") + ".md" if page else "index.md")
+        assert file in MADE or file.exists(), page
+
+
+def test_a_link_to_nowhere_is_found():
+    text = "[a](b.md) `[c](d.md)` ![e](f.svg)\n```\n[g](h.md)\n```\n[i](https://j)"
+    assert links(text) == ["b.md", "f.svg", "https://j"]
+
+
+def test_the_readme_is_a_front_page():
+    assert len(README.splitlines()) <= 150
+    # What .ci/run takes from it.
+    first, second = re.findall(r"```sh\n(.*?)```", README, re.S)[:2]
+    assert "rodjax run" in first and "pytest" in second
+
+
+@pytest.mark.parametrize("name", rj.flows.REGISTRY)
+def test_a_flow_has_a_page_with_a_figure_and_what_the_registry_says(name):
+    text = (DOCS / "explanation" / "flows" / f"{name}.md").read_text(encoding="utf-8")
+    assert f"<!-- table: flow:{name} -->" in text
+    assert f"(../../figures/{name}.svg)" in text and "$$" in text
+
+
+class Page(HTMLParser):
+    """The names, links and sources of a built page."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.names, self.links, self.sources = set(), [], []
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.names |= {found[key] for key in ("id", "name") if found.get(key)}
+        if tag == "a" and found.get("href"):
+            self.links.append(found["href"])
+        if tag in ("script", "img", "iframe") and found.get("src"):
+            self.sources.append(found["src"])
+        if tag == "link" and found.get("rel") in ("stylesheet", "icon", "preconnect"):
+            self.sources.append(found["href"])
+
+
+@pytest.fixture(scope="module")
+def site():
+    """The pages of the built site, if they are newer than what they are made from."""
+    index = SITE / "index.html"
+    if not index.exists():
+        pytest.skip("no site/: `mkdocs build --strict` makes it")
+    made_of = [
+        *DOCS.rglob("*.*"),
+        *(ROOT / "rodjax").rglob("*.py"),
+        ROOT / "mkdocs.yml",
+    ]
+    if max(file.stat().st_mtime for file in made_of) > index.stat().st_mtime:
+        pytest.skip("site/ is older than what it is made from: mkdocs build --strict")
+    return {file: Page(file) for file in SITE.rglob("*.html")}
+
+
+def test_links_of_the_site_lead_to_pages_and_names(site):
+    broken = []
+    for file, page in site.items():
+        # The page for what is not found knows no place of its own.
+        for link in page.links if file.name != "404.html" else []:
+            target = urlsplit(link)
+            if target.scheme or target.netloc:
+                continue
+            other = file
+            if target.path:
+                other = (file.parent / unquote(target.path)).resolve()
+            name = unquote(target.fragment)
+            if not other.exists() or (name and name not in site[other].names):
+                broken.append((str(file.relative_to(SITE)), link))
+    assert not broken
+
+
+def test_the_site_is_read_without_a_network(site):
+    for file, page in site.items():
+        for source in page.sources:
+            assert not urlsplit(source).netloc, f"{file}: {source}"
+    for style in SITE.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*[\"']?https?:", style.read_text()), (
+            style
+        )
+    # Without a server the search takes its index from a script.
+    assert (SITE / "search" / "search_index.js").read_text().startswith("var __index")
+
+
+def test_every_public_name_is_in_the_reference(site):
+    names = set().union(
+        *(page.names for file, page in site.items() if file.parent.name == "reference")
+    )
+    for room in set(ROOMS) - {"cli"}:
+        for name in getattr(rj, room).__all__:
+            assert f"rodjax.{room}.{name}" in names
