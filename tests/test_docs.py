@@ -75,12 +75,14 @@ class Page(HTMLParser):
 
     def __init__(self, file):
         super().__init__()
-        self.names, self.links, self.sources = set(), [], []
+        self.names, self.components = set(), set()
+        self.links, self.sources = [], []
         self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         found = dict(attrs)
         self.names |= {found[key] for key in ("id", "name") if found.get(key)}
+        self.components.add(found.get("data-md-component"))
         if tag == "a" and found.get("href"):
             self.links.append(found["href"])
         if tag in ("script", "img", "iframe") and found.get("src"):
@@ -126,6 +128,8 @@ def test_the_site_is_read_without_a_network(site):
     for file, page in site.items():
         for source in page.sources:
             assert not urlsplit(source).netloc, f"{file}: {source}"
+        # Which would ask GitHub about the repository.
+        assert "source" not in page.components, file
     for style in SITE.rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*[\"']?https?:", style.read_text()), (
             style

@@ -10,6 +10,7 @@ CONVERTER = LatexToMathML()
 FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL
 )
+HEADING = re.compile(r"(?<=[ >])\\\([^<>]+?\\\)(?=[^<>]*</span>\s*</a>)")
 
 
 def on_post_page(output: str, *, page, config) -> str:
@@ -27,4 +28,6 @@ def on_post_page(output: str, *, page, config) -> str:
         formula = formula.replace(' accent="true"', "")
         return f'<{match[1]} class="formula">{formula}</{match[1]}>'
 
-    return FORMULA.sub(convert, output)
+    # The list of a page's headings has their text without the marks of formulas.
+    listed = HEADING.sub(r'<span class="arithmatex">\g<0></span>', output)
+    return FORMULA.sub(convert, listed)

@@ -104,6 +104,11 @@ def short(number: float) -> str:
     return f"{number:.2f}" if number >= 0.1 else f"{number:.3f}"
 
 
+def pair_of(numbers: Iterable[float]) -> str:
+    """The end and the average, on one line."""
+    return "&nbsp;/&nbsp;".join(map(short, numbers))
+
+
 def accuracy(found: dict[str, Any]) -> str:
     """Nine optimizers on three networks, relative to the stable flow."""
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in ACCURACY}
@@ -122,10 +127,10 @@ def accuracy(found: dict[str, Any]) -> str:
                 own[key] / base[key] for key in ("final_distance", "mean_distance")
             )
             pairs[column].append(pair)
-            line.append(" / ".join(map(short, pair)))
+            line.append(pair_of(pair))
         lines.append(line)
     medians = [
-        " / ".join(short(statistics.median(side)) for side in zip(*own, strict=True))
+        pair_of(map(statistics.median, zip(*own, strict=True)))
         for own in pairs.values()
     ]
     lines.append(["**median**", "", "", *medians])
