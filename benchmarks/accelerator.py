@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _common import arguments, head, row, seconds, words, write
-from accuracy import NETWORKS, OPTIMIZERS
+from _rows import NETWORKS, OPTIMIZERS
 
 import rodjax as rj
 

@@ -54,6 +54,7 @@ from rodjax.solve import (
     edge_of_stability,
     integrate,
     monitor,
+    predictability,
     spectrum,
     stability_coefficients,
 )
@@ -95,6 +96,7 @@ __all__ = [
     "plot_lanes",
     "plot_sweep",
     "preconditioned_eigenpairs",
+    "predictability",
     "problems",
     "report",
     "ringing",

@@ -46,6 +46,7 @@ def _parameters(build: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 _digits = partial(problems.digits, n=100)
+_mnist1d = partial(problems.mnist1d, n=100)
 _clusters = partial(problems.clusters, n=100)
 
 PROBLEMS: Mapping[str, Choice] = {
@@ -54,6 +55,8 @@ PROBLEMS: Mapping[str, Choice] = {
     ),
     "digits-cnn": _fit(problems.cnn, _digits, "two convolutions on the digits"),
     "digits-vit": _fit(problems.vit, _digits, "a vision transformer on the digits"),
+    "mnist1d-mlp": _fit(problems.mlp, _mnist1d, "an MLP on the signals of MNIST-1D"),
+    "mnist1d-cnn": _fit(problems.cnn, _mnist1d, "two convolutions on them"),
     "clusters-mlp": _fit(problems.mlp, _clusters, "an MLP on synthetic clusters"),
     "cifar10-mlp": _fit(
         problems.mlp, problems.cifar10, "an MLP on CIFAR-10, read from your path"

@@ -14,6 +14,7 @@ from rodjax.problems._chunked import chunked_mean
 from rodjax.problems._cifar10 import cifar10
 from rodjax.problems._digits import digits
 from rodjax.problems._landscapes import banana, cosine
+from rodjax.problems._mnist1d import mnist1d
 from rodjax.problems._synthetic import clusters
 from rodjax.problems._toys import (
     factorization,
@@ -56,6 +57,7 @@ __all__ = [
     "factorization",
     "float_dtype",
     "mlp",
+    "mnist1d",
     "quadratic",
     "quartic_well",
     "scalar_factorization",

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from rodjax.problems._base import Data, Problem
 from rodjax.problems._checks import check_counts
 from rodjax.problems._digits import digits
-from rodjax.problems._supervised import Loss, image_shape, supervised
+from rodjax.problems._supervised import Loss, supervised
 from rodjax.problems._transformer import initializer
 
 Activation = Callable[[Array], Array]
@@ -128,19 +128,19 @@ def digits_mlp(
 
 
 class CNN(nnx.Module):
-    """Convolutions 3 x 3, each with an activation and 2 x 2 average pooling."""
+    """Convolutions of width 3, each with an activation and average pooling of two."""
 
     def __init__(
         self,
         channels: Sequence[int],
-        image: tuple[int, int, int],
+        size: tuple[int, ...],
+        given: int,
         classes: int,
         activation: Activation,
         *,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        *size, given = image
         common: dict[str, Any] = {
             "kernel_init": initializer(),
             "dtype": dtype,
@@ -150,7 +150,7 @@ class CNN(nnx.Module):
             nnx.Conv(
                 before,
                 after,
-                (3, 3),
+                (3,) * len(size),
                 conv_general_dilated=_shifted,
                 rngs=rngs,
                 **common,
@@ -161,9 +161,10 @@ class CNN(nnx.Module):
         self.head = nnx.Linear(left * channels[-1], classes, rngs=rngs, **common)
         self.activation = activation
 
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
+    def __call__(self, x: Float[Array, "n *size c"]) -> Float[Array, "n classes"]:
+        two = (2,) * (x.ndim - 2)
         for convolution in self.convolutions:
-            x = nnx.avg_pool(self.activation(convolution(x)), (2, 2), (2, 2))
+            x = nnx.avg_pool(self.activation(convolution(x)), two, two)
         return self.head(jnp.reshape(x, (len(x), -1)))
 
 
@@ -176,18 +177,18 @@ def cnn(
     seed: int = 0,
     chunk: int | None = None,
 ) -> Problem:
-    """A convolutional network on images.
+    """A convolutional network on images, or on signals in one dimension.
 
-    Each layer is a convolution 3 x 3, the activation and 2 x 2 average pooling, all of
-    them smooth; a linear layer reads out the rest. Weights start as `N(0, 1 /
-    fan_in)`, biases at zero.
+    Each layer is a convolution 3 x 3, the activation and 2 x 2 average pooling, on
+    signals of width 3 and 2, all of them smooth; a linear layer reads out the rest.
+    Weights start as `N(0, 1 / fan_in)`, biases at zero.
 
     **Arguments**
 
-    - `data`: inputs [n, height, width, channels], targets [n, classes]; their dtype is
-      that of the parameters.
-    - `channels`: of the convolutions, at least one; height and width must allow as many
-      halvings.
+    - `data`: inputs [n, height, width, channels] or [n, length, channels], targets [n,
+      classes]; their dtype is that of the parameters.
+    - `channels`: of the convolutions, at least one; height and width, or length, must
+      allow as many halvings.
     - `activation`: name of a function in `jax.nn`, or an elementwise callable.
     - `loss`: `"mse"` or `"cross-entropy"`, see `supervised`.
     - `seed`: draws the weights.
@@ -198,7 +199,7 @@ def cnn(
     `bias`.
 
     **Raises** `ValueError` if an argument is out of range or not one of the choices, or
-    the inputs are no images, or too small for so many layers.
+    the inputs are neither images nor signals, or too small for so many layers.
 
     Source: the small full-batch CNNs of Cohen et al., ICLR 2025, arXiv 2410.24206.
 
@@ -211,36 +212,45 @@ def cnn(
     ```
     """
     check_counts(channels=channels)
-    image, classes = image_shape(data), data.targets.shape[-1]
-    if not channels or min(image[:2]) < 2 ** len(channels):
+    (*size, given), classes = data.inputs.shape[1:], data.targets.shape[-1]
+    if len(size) not in (1, 2):
         raise ValueError(
-            f"channels={tuple(channels)} must be at least one and halve images of"
-            f" {image[0]} x {image[1]} as many times: give fewer layers."
+            f"data has inputs of shape {data.inputs.shape}: give images [n, height,"
+            " width, channels] or signals [n, length, channels]."
+        )
+    if not channels or min(size) < 2 ** len(channels):
+        sides = " x ".join(map(str, size))
+        raise ValueError(
+            f"channels={tuple(channels)} must be at least one and halve inputs of"
+            f" {sides} as many times: give fewer layers."
         )
     function, dtype = _activation(activation), data.targets.dtype
 
     def build(key: Array) -> nnx.Module:
         rngs = nnx.Rngs(key)
-        return CNN(channels, image, classes, function, dtype=dtype, rngs=rngs)
+        return CNN(
+            channels, tuple(size), given, classes, function, dtype=dtype, rngs=rngs
+        )
 
     return supervised(build, data, loss=loss, seed=seed, chunk=chunk, name="cnn")
 
 
 def _shifted(
-    x: Float[Array, "n h w c"],
-    kernel: Float[Array, "3 3 c d"],
+    x: Float[Array, "n *size c"],
+    kernel: Float[Array, "*width c d"],
     *rest: Any,
     **given: Any,
-) -> Float[Array, "n h w d"]:
-    """The convolution 3 x 3, padded with zeros, as one product.
+) -> Float[Array, "n *size d"]:
+    """The convolution of width 3, padded with zeros, as one product.
 
     Several sets of weights under a vmap, such as the ends of a flow or the lanes of a
     sweep, remain products, where XLA would make a grouped convolution, which is slow.
     """
-    _, height, width, _ = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    size = x.shape[1:-1]
+    padded = jnp.pad(x, ((0, 0), *[(1, 1)] * len(size), (0, 0)))
     shifts = [
-        padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)
+        padded[:, *(slice(i, i + n) for i, n in zip(corner, size, strict=True))]
+        for corner in itertools.product(range(3), repeat=len(size))
     ]
     weights = jnp.reshape(kernel, (-1, kernel.shape[-1]))
     stacked = jnp.concatenate(shifts, axis=-1)

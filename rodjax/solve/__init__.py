@@ -38,6 +38,7 @@ from rodjax.solve._metrics import (
     spectrum,
     stability_coefficients,
 )
+from rodjax.solve._predictability import DRAWS, predictability
 from rodjax.solve._record import Place, begin, measure, proceed
 from rodjax.solve._trajectory import (
     Metric,
@@ -49,6 +50,7 @@ from rodjax.solve._trajectory import (
 
 __all__ = [
     "COMPARED",
+    "DRAWS",
     "FLOW",
     "LIMIT",
     "LOSSES",
@@ -78,6 +80,7 @@ __all__ = [
     "losses",
     "measure",
     "monitor",
+    "predictability",
     "proceed",
     "saved_moments",
     "separation",

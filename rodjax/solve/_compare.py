@@ -26,6 +26,8 @@ class Comparison(NamedTuple):
       `mean_loss` over the ends (predicted and measured time average), `amplitude` of
       the oscillation, and whatever else was recorded, such as `sharpness_ratio`.
     - `evaluations`, `diverged_at`: the flow's, see `Trajectory`.
+    - `limit`: [T], the distance of the run from itself if it is nudged by a rounding
+      error, where `compare` was given it; see `predictability`.
     """
 
     steps: Float[Array, "*batch T"]
@@ -34,13 +36,15 @@ class Comparison(NamedTuple):
     flow: dict[str, Any]
     evaluations: Float[Array, "*batch"]
     diverged_at: Float[Array, "*batch"]
+    limit: Float[Array, "*batch T"] | None = None
 
     def summary(self) -> dict[str, float]:
         """The comparison in a few floats; finite entries only.
 
         `final_*` is the last entry before a divergence, `mean_distance` the mean over
         all, `median_sharpness_ratio` the median over the last third (NaN without the
-        metric `edge_of_stability`).
+        metric `edge_of_stability`). `final_limit` and `mean_limit` are likewise of the
+        `limit`, where there is one.
 
         **Raises** `ValueError` for several lanes: take one of them first.
         """
@@ -51,10 +55,14 @@ class Comparison(NamedTuple):
             )
         nothing = jnp.full_like(self.distance, jnp.nan)
         values = self.flow | {"distance": self.distance}
-        return {
+        summary = {
             name: found.reduce(values.get(found.source, nothing))
             for name, found in SUMMARIES.items()
-        } | {
+        }
+        if self.limit is not None:
+            summary["final_limit"] = last_finite(self.limit)
+            summary["mean_limit"] = mean_of_finite(self.limit)
+        return summary | {
             "update_evaluations": float(self.evaluations),
             # As in a data set, where it is missing if there is none.
             "diverged_at": _of_finite(np.min, self.diverged_at),
@@ -85,7 +93,9 @@ class Comparison(NamedTuple):
         }
 
 
-def compare(run: Trajectory, flow: Trajectory) -> Comparison:
+def compare(
+    run: Trajectory, flow: Trajectory, *, predictability: Comparison | None = None
+) -> Comparison:
     """Compare a flow with a run of the optimizer, saved at the same steps.
 
     Flows predict midpoints, never raw iterates: second-order midpoints, or half-step
@@ -99,9 +109,11 @@ def compare(run: Trajectory, flow: Trajectory) -> Comparison:
       `keep`, which must keep something, and saved at the steps of the run, or at those
       and others. Leading axes from a vmap are allowed on both, where both were saved
       at the same steps.
+    - `predictability`: from `rodjax.predictability`, from the same start and at the
+      same steps as the run; its distance is the `limit` beside the flow's.
 
-    **Raises** `ValueError` if the parameters do not match, or the flow was not saved at
-    a step of the run.
+    **Raises** `ValueError` if the parameters do not match, the flow was not saved at a
+    step of the run, or the predictability is of other steps.
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
@@ -112,9 +124,15 @@ def compare(run: Trajectory, flow: Trajectory) -> Comparison:
     >>> far = rj.compare(run, rj.integrate(rj.flows.stable(sgd), start, 10))
     >>> bool(near.distance[-1] < 0.2 * far.distance[-1])
     True
+    >>> nudged = rj.predictability(sgd, start, 10)
+    >>> flow = rj.integrate(rj.flows.modulated(sgd), start, 10)
+    >>> summary = rj.compare(run, flow, predictability=nudged).summary()
+    >>> summary["final_limit"] < 1e-12 < summary["final_distance"]
+    True
 
     ```
     """
+    limit = None if predictability is None else limit_of(run, predictability)
     if flow.steps.shape != run.steps.shape:
         flow = _at_steps_of(run, flow)
     early = flow.steps - run.steps
@@ -138,7 +156,22 @@ def compare(run: Trajectory, flow: Trajectory) -> Comparison:
         flow.metrics,
         flow.evaluations,
         flow.diverged_at,
+        limit,
     )
+
+
+def limit_of(run: Trajectory, predictability: Comparison) -> Array:
+    """Its distance. Raises `ValueError` if it is not of the steps of the run."""
+    steps = predictability.steps
+    traced = any(isinstance(x, Tracer) for x in (steps, run.steps))
+    if steps.shape != run.steps.shape or (
+        not traced and not np.array_equal(steps, run.steps)
+    ):
+        raise ValueError(
+            "predictability is of other steps than the run: give it the same start, "
+            "steps= and every="
+        )
+    return predictability.distance
 
 
 def _at_steps_of(run: Trajectory, flow: Trajectory) -> Trajectory:

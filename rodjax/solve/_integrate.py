@@ -94,13 +94,7 @@ def descend(
     ```
     """
     moments = saved_moments(steps, every)
-    if isinstance(start, Reached):
-        raise TypeError(
-            "start is the final of a flow, which an optimizer cannot go on from: give "
-            "parameters, or a Window (of warm_up, or the final of a run)"
-        )
-    window = start if isinstance(start, Window) else warm_up(dynamics, start, lr=lr)
-    lr = dynamics.cast(window.at(0).params, lr=lr)
+    window, lr = opened(dynamics, start, lr)
     every_metric = (losses(dynamics.loss), *metrics)
     origin = jax.tree.map(jnp.asarray, origin)
     recorded = every_metric, keep, progress, moments, every, limit, origin
@@ -253,6 +247,19 @@ def saved_moments(steps: int, every: int) -> int:
             f"steps must be a positive multiple of every={every}, got {steps}"
         )
     return steps // every
+
+
+def opened(
+    dynamics: Dynamics, start: PyTree | Window, lr: PyTree
+) -> tuple[Window, PyTree]:
+    """The window that a run goes on from, and `lr` as arrays."""
+    if isinstance(start, Reached):
+        raise TypeError(
+            "start is the final of a flow, which an optimizer cannot go on from: give "
+            "parameters, or a Window (of warm_up, or the final of a run)"
+        )
+    window = start if isinstance(start, Window) else warm_up(dynamics, start, lr=lr)
+    return window, dynamics.cast(window.at(0).params, lr=lr)
 
 
 def _check_own(flow: Flow, start: Reached, lr: PyTree, key: Array) -> PyTree:
