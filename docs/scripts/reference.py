@@ -4,14 +4,12 @@ import ast
 import importlib
 import inspect
 import re
-import sys
 from pathlib import Path
 
 import typer
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 #: From the ground up, as in tests/test_house.py.
 ROOMS = (
     "linalg",
@@ -57,6 +55,11 @@ def names_of(room: str) -> list[str]:
     return sorted(module.__all__, key=lambda name: (kind(name), name.lower()))
 
 
+def documented(shown: object) -> bool:
+    """Whether it has a docstring of its own, as functions and classes have."""
+    return isinstance(shown, type) or inspect.isroutine(shown)
+
+
 def constant(room: str, name: str) -> list[str]:
     """A constant or an alias of types: its value if short, and its comment."""
     shown = getattr(importlib.import_module(f"rodjax.{room}"), name)
@@ -94,10 +97,8 @@ def _entries(room: str, names: list[str]) -> list[str]:
     module = importlib.import_module(f"rodjax.{room}")
     lines = []
     for name in names:
-        shown = getattr(module, name)
-        documented = isinstance(shown, type) or inspect.isroutine(shown)
         entry = [f"::: rodjax.{room}.{name}", ""]
-        lines += entry if documented else constant(room, name)
+        lines += entry if documented(getattr(module, name)) else constant(room, name)
     return lines
 
 

@@ -4,7 +4,6 @@ the committed results of the benchmarks, where a page has `<!-- table: NAME -->`
 import json
 import re
 import statistics
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT))
 MARK = re.compile(r"^<!-- table: (\S+) -->$", re.M)
 #: Columns of the tables of accuracy: what the JSON says, and what readers do.
 ACCURACY = {

@@ -103,7 +103,7 @@ def split_like(tree: PyTree, state: State) -> State:
 
 
 def widest(tree: PyTree) -> jnp.dtype:
-    """The widest of its dtypes of floats, single precision at least, to count in."""
+    """The widest floating dtype of a tree, single precision at least."""
     dtypes = [x.dtype for x in jax.tree.leaves(tree)]
     floats = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
     return max([jnp.dtype(jnp.float32), *floats], key=lambda d: jnp.finfo(d).bits)

@@ -13,7 +13,7 @@ def plot_checkpoints(data: "xarray.Dataset", title: str = "") -> "Figure":
     """Loss, sharpness over threshold and realized edge against optimizer steps.
 
     Dotted lines are the edge of stability: 1 in both. The points of the middle panel
-    are colored by status.
+    are coloured by status.
 
     **Arguments**
 

@@ -37,7 +37,7 @@ def monitor(functions: Mapping[str, Callable[[PyTree], Float[Array, ""]]]) -> Me
     - `functions`: name -> function of the parameters to a scalar, such as the `metrics`
       of a problem.
 
-    **Raises** `ValueError` for a name of what is recorded anyway.
+    **Raises** `ValueError` for a name that is recorded anyway, such as `loss`.
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj

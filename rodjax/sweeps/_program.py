@@ -173,7 +173,7 @@ def fit(
 
 
 def cores() -> int:
-    """Those that a container or a batch system leaves this process."""
+    """The CPU cores that a container or a batch system leaves this process."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
