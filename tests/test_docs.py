@@ -1,5 +1,6 @@
 """The documentation: links, figures, pages; and the built site, where there is one."""
 
+import importlib.util
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -68,6 +69,49 @@ def test_a_flow_has_a_page_with_a_figure_and_what_the_registry_says(name):
     text = (DOCS / "explanation" / "flows" / f"{name}.md").read_text(encoding="utf-8")
     assert f"<!-- table: flow:{name} -->" in text
     assert f"(../../figures/{name}.svg)" in text and "$$" in text
+
+
+def test_the_table_of_accuracy_has_medians_over_seeds_relative_to_the_stable_flow():
+    spec = importlib.util.spec_from_file_location("t", DOCS / "scripts" / "tables.py")
+    assert spec and spec.loader
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+
+    def seed(stable, own, limit):
+        def model(pair):
+            return dict(zip(("final_distance", "mean_distance"), pair, strict=True)) | {
+                "diverged_at": None
+            }
+
+        flows = {"stable": model(stable), "edge": model(own)}
+        return {"flows": flows, "limit": model(limit), "lr": 0.5} | {
+            "share at threshold": 0.8
+        }
+
+    row = {
+        "seeds": {
+            "0": seed((1.0, 2.0), (0.1, 0.5), (0.01, 0.02)),
+            "1": seed((2.0, 2.0), (0.6, 0.1), (0.02, 0.02)),
+            "2": seed((4.0, 1.0), (0.8, 0.1), (0.04, 0.03)),
+        }
+    }
+    # 0.1, 0.3, 0.2 at the end, 0.25, 0.05, 0.1 on average.
+    assert tables.relative(row, "edge") == pytest.approx([0.2, 0.1])
+    found = {
+        "data": "digits",
+        "n": {"mlp": 9},
+        "dtype": "float32",
+        "rows": {"m-gd": row},
+    }
+    said, _, table = tables.accuracy_of(found).partition("\n\n")
+    assert said == "Data: digits, samples: 9 for mlp; float32; medians over 3 seeds."
+    title, _, first, last = table.splitlines()
+    assert title.split(" | ")[3:] == ["limit", "edge |"]
+    assert first.split(" | ")[1:4] == ["0.5", "80%", "0.010&nbsp;/&nbsp;0.010"]
+    assert last.endswith("0.20&nbsp;/&nbsp;0.10 |")
+    row["seeds"]["1"]["flows"]["edge"]["diverged_at"] = 7.0
+    row["seeds"]["2"]["flows"]["edge"]["diverged_at"] = 7.0
+    assert "diverged&nbsp;/&nbsp;diverged" in tables.accuracy_of(found)
 
 
 class Page(HTMLParser):

@@ -2,19 +2,19 @@
 the committed results of the benchmarks, where a page has `<!-- table: NAME -->`."""
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File
-
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MARK = re.compile(r"^<!-- table: (\S+) -->$", re.M)
 #: Columns of the tables of accuracy: what the JSON says, and what readers do.
 ACCURACY = {
+    "limit": "limit",
     "rod": "rod",
     "bundle": "bundle of 3",
     "modulated": "modulated",
@@ -32,6 +32,8 @@ REFERENCE = {
 
 def on_files(files, *, config):
     """The picture of the front page, which the README shows too."""
+    from mkdocs.structure.files import File
+
     content = (RESULTS / "rodjax-run.png").read_bytes()
     files.append(File.generated(config, "figures/rodjax-run.png", content=content))
     return files
@@ -46,8 +48,8 @@ def table(name: str) -> str:
     """The table that a page asks for."""
     if name.startswith("flow:"):
         return flow(name.partition(":")[2])
-    if name == "flows":
-        return flows()
+    if name in WHOLE:
+        return WHOLE[name]()
     file, tabulated = TABLES[name]
     if not (RESULTS / file).exists():
         return "Not measured: no result is committed."
@@ -97,45 +99,89 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def short(number: float) -> str:
-    """Two significant digits, or three decimals."""
-    return f"{number:.2f}" if number >= 0.1 else f"{number:.3f}"
+def accuracy() -> str:
+    """Nine optimizers on networks, relative to the stable flow: a table a file."""
+    files = sorted(RESULTS.rglob("accuracy*.json"))
+    return "\n\n".join(accuracy_of(json.loads(file.read_text())) for file in files)
 
 
-def pair_of(numbers: Iterable[float]) -> str:
-    """The end and the average, on one line."""
-    return "&nbsp;/&nbsp;".join(map(short, numbers))
-
-
-def accuracy(found: dict[str, Any]) -> str:
-    """Nine optimizers on three networks, relative to the stable flow."""
-    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in ACCURACY}
-    lines = []
+def accuracy_of(found: dict[str, Any]) -> str:
+    """Of one set of data, in one precision; medians over seeds."""
+    models = [
+        name for name in ACCURACY if any(has(row, name) for row in rows_of(found))
+    ]
+    pairs: dict[str, list[list[float]]] = {name: [] for name in models}
+    lines, seeds = [], 1
     for name, row in found["rows"].items():
         network, _, optimizer = name.partition("-")
-        line = [f"{network}, {optimizer}", f"{row['lr']:g}"]
-        line.append(f"{row['share at threshold']:.0%}")
-        base = row["flows"]["stable"]
-        for column in ACCURACY:
-            own = row["flows"].get(column)
-            if own is None:
-                line.append("")
-                continue
-            pair = tuple(
-                own[key] / base[key] for key in ("final_distance", "mean_distance")
-            )
-            pairs[column].append(pair)
+        first = measured(row)[0]
+        shares = [one["share at threshold"] for one in measured(row)]
+        line = [f"{network}, {optimizer}", f"{first['lr']:g}"]
+        line.append(f"{statistics.median(shares):.0%}")
+        for model in models:
+            pair = relative(row, model) if has(row, model) else []
+            pairs[model] += [pair] if pair else []
             line.append(pair_of(pair))
         lines.append(line)
+        seeds = max(seeds, len(measured(row)))
     medians = [
-        pair_of(map(statistics.median, zip(*own, strict=True)))
+        pair_of([statistics.median(side) for side in zip(*own, strict=True)])
         for own in pairs.values()
     ]
     lines.append(["**median**", "", "", *medians])
-    titles = ["network, optimizer", "lr", "at the threshold", *ACCURACY.values()]
+    titles = ["network, optimizer", "lr", "at the threshold"]
+    titles += [ACCURACY[model] for model in models]
     samples = ", ".join(f"{n} for {name}" for name, n in found["n"].items())
-    said = f"Data: {found['data']}, samples: {samples}; {found['dtype']}."
+    said = f"Data: {found['data']}, samples: {samples}; {found['dtype']}; "
+    said += "one seed." if seeds == 1 else f"medians over {seeds} seeds."
     return f"{said}\n\n{rows(titles, lines)}"
+
+
+def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that were measured."""
+    return list(found["rows"].values())
+
+
+def measured(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was measured for a row: once for every seed."""
+    return list(row["seeds"].values()) if "seeds" in row else [row]
+
+
+def model_of(one: dict[str, Any], model: str) -> dict[str, Any] | None:
+    """A flow, or the run beside itself."""
+    return one.get("limit") if model == "limit" else one["flows"].get(model)
+
+
+def has(row: dict[str, Any], model: str) -> bool:
+    """Whether a row has a model."""
+    return any(model_of(one, model) for one in measured(row))
+
+
+def relative(row: dict[str, Any], model: str) -> list[float]:
+    """Distances over the stable flow's, at the end and on average: medians."""
+    sides = []
+    for key in ("final_distance", "mean_distance"):
+        ratios = []
+        for one in measured(row):
+            own = model_of(one, model)
+            if own is not None:
+                lost = own["diverged_at"] is not None
+                base = one["flows"]["stable"][key]
+                ratios.append(math.inf if lost else own[key] / base)
+        sides.append(statistics.median(ratios))
+    return sides
+
+
+def short(number: float) -> str:
+    """Two significant digits, or three decimals."""
+    if math.isinf(number):
+        return "diverged"
+    return f"{number:.2f}" if number >= 0.1 else f"{number:.3f}"
+
+
+def pair_of(numbers: list[float]) -> str:
+    """The end and the average, on one line."""
+    return "&nbsp;/&nbsp;".join(map(short, numbers))
 
 
 def reference(found: dict[str, Any]) -> str:
@@ -187,9 +233,10 @@ def _device(found: dict[str, Any]) -> str:
     return f"{found['device']}, jax {found['jax']}."
 
 
+#: Tables that know what they are made of.
+WHOLE = {"flows": flows, "accuracy": accuracy}
 #: Name -> the file, and what makes a table of it.
 TABLES = {
-    "accuracy": ("accuracy.json", accuracy),
     "reference": ("reference.json", reference),
     "accelerator-cost": ("h100.json", accelerator_cost),
     "accelerator-sweep": ("h100.json", accelerator_sweep),
