@@ -71,10 +71,10 @@ def predictability(
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
-    >>> sgd = rj.dynamics(optax.sgd, lambda w: 0.5 * jnp.sum(w**2))
-    >>> calm = rj.predictability(sgd, jnp.array([1.5, 3.0]), 30, lr=0.5)
-    >>> wild = rj.predictability(sgd, jnp.array([1.5, 3.0]), 30, lr=2.5)  # w -> -1.5 w
-    >>> bool(calm.distance[-1] < 1e-15), bool(wild.distance[-1] > 1e-12)
+    >>> sgd = rj.dynamics(optax.sgd, lambda w: w**4 / 4 - w**2 / 2)
+    >>> calm = rj.predictability(sgd, jnp.array(0.4), 100, lr=0.5)
+    >>> wild = rj.predictability(sgd, jnp.array(0.4), 100, lr=1.7)  # chaos
+    >>> bool(calm.distance[-1] < 1e-15), bool(wild.distance[-30:].max() > 0.1)
     (True, True)
 
     ```
