@@ -85,7 +85,7 @@ def at_the_edge() -> None:
         course(axes, solve(flow), label, FLOW, lw=1)
         if name == "rod":
             bundle = rj.flows.rod(dynamics, rank=2)
-            course(axes, solve(bundle), "bundle of 2", "tab:green", lw=1)
+            course(axes, solve(bundle), "bundle of 2", "tab:green", lw=2, ls=":")
         axes[0].set_ylim(5.8, 8.2)
         axes[0].legend(fontsize=7)
         save(figure, name)

@@ -74,7 +74,7 @@ def flows() -> str:
     """All flows, with links to their pages."""
     from rodjax.flows import table as whole
 
-    text = whole()
+    text = whole().replace("<", "&lt;")
     return re.sub(r"^\| `(\w+)`", r"| [`\1`](\1.md)", text, flags=re.M)
 
 
@@ -96,7 +96,7 @@ def flow(name: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def accuracy() -> str:
