@@ -18,8 +18,12 @@ def figures(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A row's figures over its seeds, each the median, the least and the largest.
 
     `relative` are distances over the stable flow's, the limit's among them, and
-    `over limit` those of the flows over the limit's; infinite where one diverged.
+    `over limit` those of the flows over the limit's; infinite where one diverged. Seeds
+    on which the run itself diverges do not count.
     """
+    measured = {seed: one for seed, one in measured.items() if followed(one)}
+    if not measured:
+        return {"relative": {}, "over limit": {}}
     found: dict[str, Any] = {
         "share at threshold": spread(
             one["share at threshold"] for one in measured.values()
@@ -42,6 +46,11 @@ def figures(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             }
     found["over limit"].pop(STABLE, None)
     return found
+
+
+def followed(found: Mapping[str, Any]) -> bool:
+    """Whether there was a run to follow: one that did not diverge."""
+    return found["diverged at"] is None or not math.isfinite(found["diverged at"])
 
 
 def distances(found: Mapping[str, Any], model: str) -> tuple[float, float]:
@@ -84,8 +93,10 @@ def titles(flows: Sequence[str]) -> list[str]:
 
 def line(name: str, found: Mapping[str, Any], flows: Sequence[str]) -> list[str]:
     """One row of the first table."""
-    seeds = found["seeds"]
-    first = next(iter(seeds.values()))
+    first = next(iter(found["seeds"].values()))
+    seeds = {seed: one for seed, one in found["seeds"].items() if followed(one)}
+    if not seeds:
+        return [f"{name} {first['lr']:.3g}", "diverged"]
 
     def median(flow: str, key: str, digits: str = ".2f") -> str:
         own = [
@@ -155,6 +166,8 @@ def conclude(rows: Mapping[str, Mapping[str, Any]], flows: Sequence[str]) -> Non
                 print(f"  {flow} over {base}: {said}")
     for name, one in rows.items():
         for seed, found in one["seeds"].items():
-            if found["share at threshold"] < SHARE:
+            if not followed(found):
+                print(f"{name}, seed {seed}: the run diverged, which does not count")
+            elif found["share at threshold"] < SHARE:
                 share = found["share at threshold"]
                 print(f"{name}, seed {seed}: only {share:.0%} at the threshold")

@@ -115,9 +115,11 @@ def main() -> None:
                 problem = NETWORKS[network](sample, seed=int(seed))
                 out = options.out / f"{name}-{seed}"
                 new = measure(problem, optimizer, window, wanted, found, out)
-                measured = measured | {seed: new}
-                saved["rows"][name] = figures(measured) | {"seeds": measured}
+                saved["rows"][name] = {"seeds": measured | {seed: new}}
                 write(file, saved, indent=1)
+        measured = saved["rows"][name]["seeds"]
+        saved["rows"][name] = figures(measured) | {"seeds": measured}
+        write(file, saved, indent=1)
         print(row(line(name, saved["rows"][name], flows)), flush=True)
     print(
         f"\nOver the limit, final / mean:\n\n{over_limit(saved['rows'], rows, flows)}"

@@ -47,7 +47,14 @@ def test_the_principal_flow_is_exact_where_it_is_small():
 
 
 # Networks are built by test_networks.py too.
-SLOW = {"digits-cnn", "digits-vit", "clusters-mlp", "sorting"}
+SLOW = {
+    "digits-cnn",
+    "digits-vit",
+    "mnist1d-mlp",
+    "mnist1d-cnn",
+    "clusters-mlp",
+    "sorting",
+}
 
 
 @pytest.mark.parametrize(
