@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 from pathlib import Path
+from types import FunctionType
 
 import typer
 from mkdocs.structure.files import File
@@ -97,9 +98,23 @@ def _entries(room: str, names: list[str]) -> list[str]:
     module = importlib.import_module(f"rodjax.{room}")
     lines = []
     for name in names:
-        entry = [f"::: rodjax.{room}.{name}", ""]
-        lines += entry if documented(getattr(module, name)) else constant(room, name)
+        shown = getattr(module, name)
+        entry = [f"::: rodjax.{room}.{name}", *_methods(shown), ""]
+        lines += entry if documented(shown) else constant(room, name)
     return lines
+
+
+def _methods(shown: object) -> list[str]:
+    """Asks for the methods of a class; its fields are in its docstring."""
+    kinds = (FunctionType, classmethod, staticmethod, property)
+    found = [
+        name
+        for name, value in (vars(shown) if isinstance(shown, type) else {}).items()
+        if isinstance(value, kinds) and not name.startswith("_")
+    ]
+    fields = getattr(shown, "__annotations__", {})
+    found = [name for name in found if name not in fields]
+    return ["    options:", f"      members: {found}"] if found else []
 
 
 def top_page() -> str:
