@@ -42,6 +42,7 @@ from rodjax.report import (
     plot_forecast,
     plot_lanes,
     plot_sweep,
+    view,
 )
 from rodjax.solve import (
     Comparison,
@@ -113,5 +114,6 @@ __all__ = [
     "top_eigenpairs",
     "training",
     "transforms",
+    "view",
     "warm_up",
 ]

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shlex
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -52,6 +53,18 @@ def test_table_and_progress(finished):
         f"{name}: compiling" for name in ("gd", "stable", "central:1")
     ]
     assert len(said) == 9 and said[-1].startswith("central:1: 100% 8 of 8 steps, loss ")
+
+
+def test_it_says_how_to_view_the_result(finished):
+    out, result = finished
+    line = result.stdout.splitlines()[-1]
+    rodjax, *arguments = shlex.split(line.removeprefix("in a browser: "))
+    assert rodjax == "rodjax"
+    viewed = cli_runner.invoke(*arguments)
+    assert viewed.exit_code == 0, viewed.output
+    page = (out / "result.html").read_text(encoding="utf-8")
+    assert "<title>scalar-factorization, gd, lr 0.2, float64</title>" in page
+    assert str(out / "result.html") in viewed.stdout
 
 
 def test_files_and_schema(finished):

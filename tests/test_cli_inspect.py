@@ -95,6 +95,12 @@ def test_every_checkpoint_and_a_forecast(folder, tmp_path):
     assert {path.name for path in out.iterdir()} == {
         "summary.json", "result.nc", "plot.png", "forecast.nc", "forecast.png",
     }  # fmt: skip
+    for name, lr in (("result", "lr 0.5, "), ("forecast", "")):
+        viewed = invoke("view", out / f"{name}.nc")
+        assert viewed.exit_code == 0, viewed.output
+        page = (out / f"{name}.html").read_text(encoding="utf-8")
+        title = f"problem, {folder}/mine.py:optimizer, {lr}float32"
+        assert f"<title>{title}</title>" in page
     again = inspect(folder, out)
     assert again.exit_code == 2 and "--overwrite" in again.output
 

@@ -69,7 +69,8 @@ def test_table_and_progress(first):
     assert rows[1] == ["run", "stable", "edge"]
     assert [row[0] for row in rows[3:6]] == ["0.1", "0.2", "1e+60"]
     assert rows[5][1:] == ["4", "of", "4", "-", "-", "-", "-", "-"]
-    assert said.stdout.splitlines()[-1].startswith(f"written to {out}: ")
+    assert said.stdout.splitlines()[-2].startswith(f"written to {out}: ")
+    assert said.stdout.splitlines()[-1] == f"in a browser: rodjax view {out}/result.nc"
 
 
 def test_files_and_schema(first):

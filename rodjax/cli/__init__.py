@@ -10,6 +10,7 @@ from rodjax.cli._inspect import inspect
 from rodjax.cli._list import listing
 from rodjax.cli._run import run
 from rodjax.cli._sweep import sweep
+from rodjax.cli._view import view
 
 __all__ = ["app", "main"]
 
@@ -17,6 +18,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command()(run)
 app.command()(sweep)
 app.command()(inspect)
+app.command()(view)
 app.command("list")(listing)
 
 

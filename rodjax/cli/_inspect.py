@@ -141,7 +141,7 @@ def inspect(
             _write(out, summary | {"forecast": forecast, "largest_lr": largest})
             print()
             print(training.table(ahead))
-    print(f"written to {out}: {', '.join(files)}")
+    shared.written(out, files)
 
 
 def _rates(lr: float, text: str | None) -> np.ndarray:

@@ -22,7 +22,14 @@ from rodjax.optimizer import dynamics as make_dynamics
 from rodjax.optimizer import warm_up
 from rodjax.problems import Problem
 from rodjax.report import dataset, plot
-from rodjax.solve import Trajectory, compare, descend, integrate, last_finite
+from rodjax.solve import (
+    Trajectory,
+    compare,
+    descend,
+    integrate,
+    last_finite,
+    predictability,
+)
 
 COMPLEMENTARITY = "complementarity"
 # A residual from which on it is no solution.
@@ -40,6 +47,9 @@ COLUMNS = {
     "update_evaluations": "evaluations",
     "seconds": "seconds",
 }
+#: The run beside itself, nudged by a rounding error, among the flows of the table.
+LIMIT = "limit"
+OF_LIMIT = ("final_distance", "mean_distance", "update_evaluations", "seconds")
 
 
 def run(
@@ -124,10 +134,19 @@ def run(
                 **_own(chosen, reference),
                 "diverged_at": number(reference.diverged_at),
             },
+            LIMIT: {},
             "flows": {},
         }
         # Written as it is done, so that a killed run loses only the flow it is in.
         _write(out, summary, reference, paths, attributes)
+        began = time.perf_counter()
+        bar.begin(LIMIT, steps)
+        of_run = {"lr": lr, "every": every, "origin": chosen.params}
+        limit = predictability(dynamics, window, steps, **of_run)
+        row = limit.summary() | {"seconds": time.perf_counter() - began}
+        keys = (*OF_LIMIT, "diverged_at")
+        summary[LIMIT] = {key: number(row[key]) for key in keys}
+        bar.move(steps, f"final distance {cell(summary[LIMIT]['final_distance'])}")
         for name, model in models.items():
             began = time.perf_counter()
             bar.begin(name, steps)
@@ -142,7 +161,8 @@ def run(
             } | _own(chosen, paths[name])
             _write(out, summary, reference, paths, attributes)
     title = "{problem}, {optimizer}, lr {lr:g}, {dtype}".format(**summary)
-    plot(reference, paths, title).savefig(out / "plot.png", dpi=120)
+    figure = plot(reference, paths, title, predictability=limit)
+    figure.savefig(out / "plot.png", dpi=120)
     _print(summary, out)
     if remark:
         print(remark)
@@ -204,17 +224,18 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     )
     print(f"run: {_cells(summary['run'])}")
     width = max(map(len, COLUMNS.values()))
-    names = list(summary["flows"])
+    columns = {LIMIT: summary[LIMIT]} | summary["flows"]
+    names = list(columns)
     print(" " * width + "".join(f"{name:>14}" for name in names))
     more = [key for key in summary["run"] if key not in (*COLUMNS, "diverged_at")]
     labels = COLUMNS | {key: key.replace("_", " ") for key in more}
     for key, label in labels.items():
-        cells = (cell(summary["flows"][name][key]) for name in names)
+        cells = (cell(columns[name].get(key)) for name in names)
         print(f"{label:{width}}" + "".join(f"{text:>14}" for text in cells))
     for name in names:
-        if (step := summary["flows"][name]["diverged_at"]) is not None:
+        if (step := columns[name]["diverged_at"]) is not None:
             print(f"{name} diverged at step {step:g}")
-    print(f"written to {out}: {', '.join(FILES)}")
+    shared.written(out, FILES)
 
 
 def _cells(row: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """What the commands share: options, their checks, numbers as text and as JSON."""
 
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -204,6 +205,12 @@ def build_flows(
             f"{', '.join(ranked)} in --flows, without a RANK of its own"
         )
     return built
+
+
+def written(out: Path, files: Sequence[str]) -> None:
+    """Say what a command has left, and how to look at it."""
+    print(f"written to {out}: {', '.join(files)}")
+    print(f"in a browser: rodjax view {shlex.quote(str(out / 'result.nc'))}")
 
 
 def number(value: Any) -> float | None:

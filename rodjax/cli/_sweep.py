@@ -219,7 +219,7 @@ def _report(data: "xarray.Dataset", out: Path) -> None:
     print(title)
     for line in report.table(data):
         print(line)
-    print(f"written to {out}: {', '.join(FILES)}")
+    shared.written(out, FILES)
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """What trajectories and sweeps come to, for people and for files.
 
 Knows: labelled data sets of runs and flows (xarray), plots of runs and of sweeps
-(matplotlib). Must not know: problems, optimizers by name, the command line.
+(matplotlib), pages for a browser (plotly). Must not know: problems, optimizers by name,
+the command line.
 """
 
 from rodjax.report._dataset import dataset
@@ -17,6 +18,7 @@ from rodjax.report._plot_sweep import (
     plot_sweep,
     spread,
 )
+from rodjax.report._view import view
 
 __all__ = [
     "abscissa",
@@ -30,4 +32,5 @@ __all__ = [
     "plot_lanes",
     "plot_sweep",
     "spread",
+    "view",
 ]

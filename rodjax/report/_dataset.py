@@ -30,7 +30,8 @@ def dataset(
 
     Dimensions: `flow` ("run" and the flows' names) and `step` (optimizer steps; of a
     flow of half-step midpoints, the step before). Variables: every recorded metric, NaN
-    for a flow that lacks it, and `distance` (zero for the run). `settings` become
+    for a flow that lacks it, `distance` (zero for the run), and `diverged_at`, of each
+    the step by which it had diverged, NaN if it never did. `settings` become
     attributes.
 
     **Raises** `ValueError` where `compare` does and where the trajectories have several
@@ -67,10 +68,15 @@ def dataset(
     long_names = dict(COMPARED)
     for path in (*flows.values(), run):
         long_names |= dict(path.long_names)
+    lost = np.array([float(path.diverged_at) for path in (run, *flows.values())])
+    columns: dict[str, tuple[Any, Any]] = {
+        name: ((FLOW, STEP), values) for name, values in stacked(metrics).items()
+    }
+    columns["diverged_at"] = (FLOW, np.where(np.isinf(lost), np.nan, lost))
     return xarray.Dataset(
         {
-            name: ((FLOW, STEP), values, attributes(name, long_names))
-            for name, values in stacked(metrics).items()
+            name: (dims, values, attributes(name, long_names))
+            for name, (dims, values) in columns.items()
         },
         coords={FLOW: [RUN, *flows], STEP: step_coordinate(run.steps)},
         attrs=settings,
