@@ -43,24 +43,23 @@ def edge_gradient_descent(
     floor: ArrayLike | None = None,
     key: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Gradient descent that carries its oscillation at the edge instead of making it.
+    r"""Gradient descent that carries its oscillation at the edge instead of making it.
 
-    With `c` the parameters, `u` and `r` the direction and the radius of the
-    oscillation, `g` the gradient, `H` the Hessian at `c` and `eta` the
-    learning rate, one step is (reconstructed):
+    With c the parameters, u and r the direction and the radius of the oscillation, g
+    the gradient, H the Hessian at c, $S = u \cdot H u$ and $\eta$ the learning rate,
+    one step is (reconstructed)
 
-        S  = u . H u
-        c' = c - eta (g(c + r u) + g(c - r u)) / 2
-        r' = max(r exp(eta S - 2), floor ||c||)
-        u' = (u + eta H u) / ||u + eta H u||
+    $$c' = c - \tfrac\eta2 \left[ g(c + r u) + g(c - r u) \right], \quad
+      r' = \max\left( r e^{\eta S - 2}, \mathrm{floor}\, \|c\| \right), \quad
+      u' = \frac{u + \eta H u}{\|u + \eta H u\|} .$$
 
     Beyond the edge `r` grows and the symmetrized gradient lowers the sharpness, as
     the oscillation of gradient descent would, but the loss does not swing. On a
     quadratic, and wherever `r` is small, it is gradient descent.
 
-    `u` takes a unit step of the Rayleigh quotient flow `H u - S u` of edge flow,
-    written so that it stays at the top of the spectrum: in `u + eta (H u - S u)` the
-    flat directions would grow against it as soon as `eta S > 2`.
+    `u` takes a unit step of the Rayleigh quotient flow $H u - S u$ of edge flow,
+    written so that it stays at the top of the spectrum: in $u + \eta (H u - S u)$ the
+    flat directions would grow against it as soon as $\eta S > 2$.
 
     The centre `c` is itself subject to the edge. Where its own oscillation outgrows
     `r` (large learning rates, which meet the edge early) nothing is gained over
