@@ -19,27 +19,29 @@ def berthier(
     initial: tuple[float, float] = (0.0, 5.0),
     dtype: DTypeLike | None = None,
 ) -> Problem:
-    """The minimal example of progressive sharpening and self-stabilization.
+    r"""The minimal example of progressive sharpening and self-stabilization.
 
-    `L(x, y) = (y + zeta x) x^2 / 2 - eps (x + y)`. Per optimizer step of gradient
-    descent (learning rate `eta`) the forcing raises `y`, the sharpness at
-    `x = 0`, by `eta eps`; an oscillation of `x` lowers it by `eta x^2 / 2`. In
-    `t2 = sqrt(eps) t`, `x = sqrt(eps) (-1)^t a`, `y = 2 / eta + sqrt(eps) u`,
-    both small near the edge:
+    $$L(x, y) = \tfrac12 (y + \zeta x)\, x^2 - \varepsilon (x + y)$$
 
-        a' = eta a u,   u' = eta (1 - a^2 / 2)
+    Per optimizer step of gradient descent (learning rate $\eta$) the forcing raises
+    $y$, the sharpness at $x = 0$, by $\eta\varepsilon$; an oscillation of $x$ lowers
+    it by $\eta x^2/2$. In $t_2 = \sqrt\varepsilon\, t$, $x = \sqrt\varepsilon\,
+    (-1)^t a$, $y = 2/\eta + \sqrt\varepsilon\, u$, near the edge,
 
-    which conserves `E = u^2 / 2 + a^2 / 4 - log(a^2) / 2 >= (1 - log 2) / 2`. On the
-    scale `eps t` the swings are damped iff `zeta^2 > 2 / 9`, and end on a cycle of
-    two optimizer steps `c +- d` in `x`, of mean square `2 eps`, at a mean `y`
-    of `2 / eta - 3 zeta c - eta c^2 / 2`, where `c`, about `-eta eps (3 zeta - 1)
-    / 2`, solves `c (2 / eta + eta eps - 3 zeta c - eta c^2) = eps (1 - 3 zeta)`.
+    $$a' = \eta a u, \qquad u' = \eta (1 - a^2/2),$$
 
-    At the default arguments and `eta = 0.3` the sharpness passes `2 / eta` at step
-    555; `y` goes up to 7.58 and settles at 6.676. The height of the overshoot is that
+    which conserves $E = u^2/2 + a^2/4 - \tfrac12 \log a^2 \ge (1 - \log 2)/2$. On the
+    scale $\varepsilon t$ the swings are damped iff $\zeta^2 > 2/9$, and end on a cycle
+    of two optimizer steps $c \pm d$ in $x$, of mean square $2\varepsilon$, at a mean
+    $y$ of $2/\eta - 3\zeta c - \eta c^2/2$, where $c$, about $-\eta\varepsilon (3\zeta
+    - 1)/2$, solves $c\, (2/\eta + \eta\varepsilon - 3\zeta c - \eta c^2) = \varepsilon
+    (1 - 3\zeta)$.
+
+    At the default arguments and $\eta = 0.3$ the sharpness passes $2/\eta$ at step
+    555; $y$ goes up to 7.58 and settles at 6.676. The height of the overshoot is that
     of float64: below the edge the oscillation dies down to rounding errors, from which
     it must grow again. In float32 it is lower. The loss is unbounded below: wide swings
-    of `x` escape.
+    of $x$ escape.
 
     **Arguments**
 
@@ -80,20 +82,22 @@ def berthier_circle(
     initial: tuple[float, float, float] = (0.0, 0.0, 2.0),
     dtype: DTypeLike | None = None,
 ) -> Problem:
-    """Three parameters: the edge is a circle, along which the slow motion goes on.
+    r"""Three parameters: the edge is a circle, along which the slow motion goes on.
 
-    `L(x, y) = (|y| + 3 exp(x / 2)) x^2 / 2 - eps (x + y_1)`, `y` in the plane, of
-    sharpness `S = |y| + 3` at `x = 0`: an edge of codimension one. Away from it
-    `y_1` rises by `eta eps` per optimizer step of gradient descent. At it, with
-    `h = -x - y_1`, both gradients along `y`, and `a`, `u` (of `S`) and `t2`
-    as in `berthier`, it holds in general that:
+    $$L(x, y) = \tfrac12 (|y| + 3 e^{x/2})\, x^2 - \varepsilon (x + y_1)$$
 
-        a' = eta a u,   u' = -eta (<grad h, grad S> + |grad S|^2 a^2 / 2)
+    with $y$ in the plane, of sharpness $S = |y| + 3$ at $x = 0$: an edge of codimension
+    one. Away from it $y_1$ rises by $\eta\varepsilon$ per optimizer step of gradient
+    descent. At it, with $h = -x - y_1$, both gradients along $y$, and $a$, $u$ (of
+    $S$) and $t_2$ as in `berthier`, it holds in general that
 
-    Here `u' = eta (cos(theta) - a^2 / 2)`, `theta` the angle of `y`. As
-    `eps -> 0` the motion at the edge becomes the gradient flow of `eps h`
-    constrained to the circle of radius `R = 2 / eta - 3`, on which `tan(theta / 2)`
-    decays at the rate `eta eps / R`.
+    $$a' = \eta a u, \qquad
+      u' = -\eta \left( \nabla h \cdot \nabla S + \tfrac12 |\nabla S|^2 a^2 \right).$$
+
+    Here $u' = \eta (\cos\theta - a^2/2)$, $\theta$ the angle of $y$. As $\varepsilon
+    \to 0$ the motion at the edge becomes the gradient flow of $\varepsilon h$
+    constrained to the circle of radius $R = 2/\eta - 3$, on which $\tan(\theta/2)$
+    decays at the rate $\eta\varepsilon/R$.
 
     **Arguments**
 
@@ -139,20 +143,27 @@ def berthier_matrix(
     initial: tuple[float, float, float, float, float] = (0.0, 0.0, 5.0, 5.0, 0.0),
     dtype: DTypeLike | None = None,
 ) -> Problem:
-    """Five parameters: two eigenvalues reach the edge and stay there.
+    r"""Five parameters: two eigenvalues reach the edge and stay there.
 
-    `L(x, y) = (x^T H(y) x + x_1^3 + x_2^3) / 2 - eps (x_1 + 2 y_1 + y_2 + y_3)` with
-    `H = [[y_1, y_3 / sqrt 2], [y_3 / sqrt 2, y_2]]`: where both eigenvalues are at
-    the edge, `H = 2 / eta`, an edge of codimension two whose oscillation may point
-    anywhere. With `x = sqrt(eps) (-1)^t A`, `H = 2 / eta + sqrt(eps) U` and `t2 =
-    sqrt(eps) t` gradient descent (learning rate `eta`) follows there:
+    $$L(x, y) = \tfrac12 \left( x^T H(y)\, x + x_1^3 + x_2^3 \right)
+      - \varepsilon (x_1 + 2 y_1 + y_2 + y_3), \qquad
+      H = \begin{pmatrix} y_1 & y_3/\sqrt2 \\ y_3/\sqrt2 & y_2 \end{pmatrix}$$
 
-        A' = eta U A,   U' = -eta (Psi grad h + Psi Psi* [A A^T] / 2)
+    Where both eigenvalues are at the edge, $H = 2/\eta$, there is an edge of
+    codimension two whose oscillation may point anywhere. With $x = \sqrt\varepsilon\,
+    (-1)^t A$, $H = 2/\eta + \sqrt\varepsilon\, U$ and $t_2 = \sqrt\varepsilon\, t$
+    gradient descent (learning rate $\eta$) follows there
 
-    in which `h = -x_1 - 2 y_1 - y_2 - y_3` and `Psi`, the derivative of `H`, here
-    keeps lengths: `Psi Psi*` is the identity, and `Psi grad h = -C` with `C =
-    [[2, 1 / sqrt 2], [1 / sqrt 2, 1]]`. As `A A^T` has rank one and `C` two, the
-    oscillation never settles; its mean square is `<x x^T> = 2 eps C`.
+    $$A' = \eta U A, \qquad
+      U' = -\eta \left( \Psi \nabla h + \tfrac12 \Psi \Psi^* [A A^T] \right),$$
+
+    in which $h = -x_1 - 2 y_1 - y_2 - y_3$ and $\Psi$, the derivative of $H$, here
+    keeps lengths: $\Psi \Psi^*$ is the identity, and $\Psi \nabla h = -C$ with
+
+    $$C = \begin{pmatrix} 2 & 1/\sqrt2 \\ 1/\sqrt2 & 1 \end{pmatrix}.$$
+
+    As $A A^T$ has rank one and $C$ two, the oscillation never settles; its mean square
+    is $\langle x x^T \rangle = 2 \varepsilon C$.
 
     **Arguments**
 

@@ -13,10 +13,10 @@ def banana(
     initial: tuple[float, float] = (-1.0, 2.0),
     dtype: DTypeLike | None = None,
 ) -> Problem:
-    """A curved valley, Rosenbrock's function.
+    r"""A curved valley, Rosenbrock's function.
 
-    `L(x, y) = (1 - x)^2 + steepness (y - x^2)^2`; its minimum is 0 at `(1, 1)`,
-    where the Hessian has trace `2 + 10 steepness` and determinant `4 steepness`.
+    $L(x, y) = (1 - x)^2 + s\, (y - x^2)^2$, s the `steepness`; its minimum is 0 at
+    $(1, 1)$, where the Hessian has trace $2 + 10 s$ and determinant $4 s$.
 
     **Arguments**
 
@@ -52,11 +52,11 @@ def banana(
 
 
 def cosine(*, initial: float = 0.5, dtype: DTypeLike | None = None) -> Problem:
-    """One parameter on a cosine, `L(w) = cos w`.
+    r"""One parameter on a cosine, $L(w) = \cos w$.
 
-    Maxima at 0, 2 pi, ... of curvature -1, minima at pi, 3 pi, ... of curvature 1:
-    gradient descent leaves a maximum by a factor `1 + eta` a step and a minimum, if
-    `eta > 2`, by `1 - eta`.
+    Maxima at $0, 2\pi, \dots$ of curvature -1, minima at $\pi, 3\pi, \dots$ of
+    curvature 1: gradient descent leaves a maximum by a factor $1 + \eta$ a step and a
+    minimum, if $\eta > 2$, by $1 - \eta$.
 
     **Arguments**
 

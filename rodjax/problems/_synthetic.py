@@ -19,12 +19,13 @@ def clusters(
     seed: int = 0,
     dtype: DTypeLike | None = None,
 ) -> Data:
-    """Samples scattered about one random point for each class.
+    r"""Samples scattered about one random point for each class.
 
-    `inputs = (centre + noise e) / sqrt(1 + noise^2)`, less their mean, with standard
-    normal centres and `e`: entries of variance one. Classes take turns. Where the
-    noise is larger than the centres a small network must sharpen to fit it, and so
-    gets to the edge of stability: `mlp` with its defaults at learning rate 0.8.
+    Inputs are $(m + \nu e) / \sqrt{1 + \nu^2}$, less their mean, with standard normal
+    centres m and noise e, $\nu$ the `noise`: entries of variance one. Classes take
+    turns. Where the noise is larger than the centres a small network must sharpen to
+    fit it, and so gets to the edge of stability: `mlp` with its defaults at learning
+    rate 0.8.
 
     **Arguments**
 

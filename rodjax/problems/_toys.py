@@ -23,10 +23,11 @@ def quadratic(
     scale: float = 1.0,
     dtype: DTypeLike | None = None,
 ) -> Problem:
-    """A quadratic with a prescribed Hessian spectrum.
+    r"""A quadratic with a prescribed Hessian spectrum.
 
-    `L(w) = w^T H w / 2` with `H = Q diag(spectrum) Q^T`. An optimizer step of
-    gradient descent multiplies the component along eigenvalue `h` by `1 - eta h`.
+    $L(w) = \tfrac12 w^T H w$ with $H = Q\, \mathrm{diag}(h)\, Q^T$, h the `spectrum`.
+    An optimizer step of gradient descent multiplies the component along eigenvalue
+    $h_i$ by $1 - \eta h_i$.
 
     **Arguments**
 
@@ -78,13 +79,13 @@ def quartic_well(
     initial: float = 0.1,
     dtype: DTypeLike | None = None,
 ) -> Problem:
-    """A scalar well that flattens away from its minimum.
+    r"""A scalar well that flattens away from its minimum.
 
-    `L(w) = S w^2 / 2 - Q w^4 / 4` with `S = sharpness` and `Q = quartic`. Under
-    gradient descent with learning rate `eta` the rod flow's fixed point is
-    `Sigma* = S / Q - 2 / (eta Q)`: beyond the edge, `eta S > 2`, the iterates
-    settle, for `eta S < 3`, on the cycle `w = +-sqrt(Sigma*)` of two optimizer
-    steps. The loss is unbounded below: iterates beyond `w^2 = S / Q` escape.
+    $L(w) = S w^2/2 - Q w^4/4$ with S the `sharpness` and Q the `quartic`. Under
+    gradient descent with learning rate $\eta$ the rod flow's fixed point is $\Sigma^* =
+    S/Q - 2/(\eta Q)$: beyond the edge, $\eta S > 2$, the iterates settle, for $\eta S <
+    3$, on the cycle $w = \pm\sqrt{\Sigma^*}$ of two optimizer steps. The loss is
+    unbounded below: iterates beyond $w^2 = S/Q$ escape.
 
     **Arguments**
 
@@ -130,12 +131,12 @@ def factorization(
     scale: float = 0.5,
     dtype: DTypeLike | None = None,
 ) -> Problem:
-    """Two-layer matrix factorization (a deep linear network) of a known target.
+    r"""Two-layer matrix factorization (a deep linear network) of a known target.
 
-    `L(w1, w2) = ||w2 w1 - A||_F^2 / 2` with `A = U diag(singular_values) V^T`,
-    `U` and `V` drawn with orthonormal columns. Where `w2 w1 = A` the sharpness
-    is `||w1||_2^2 + ||w2||_2^2` (spectral norms), at least twice the largest
-    singular value.
+    $L(w_1, w_2) = \tfrac12 \|w_2 w_1 - A\|_F^2$ with $A = U\, \mathrm{diag}(s)\, V^T$,
+    s the `singular_values`, U and V drawn with orthonormal columns. Where $w_2 w_1 = A$
+    the sharpness is $\|w_1\|_2^2 + \|w_2\|_2^2$ (spectral norms), at least twice the
+    largest singular value.
 
     **Arguments**
 
@@ -198,10 +199,10 @@ def scalar_factorization(
     initial: tuple[float, float] = (2.5, 0.2),
     dtype: DTypeLike | None = None,
 ) -> Problem:
-    """Factorization of a number into two.
+    r"""Factorization of a number into two.
 
-    `L(a, b) = (a b - target)^2 / 2`. Its minima are the hyperbola `a b = target`,
-    of sharpness `a^2 + b^2 >= 2 |target|`; gradient flow keeps `a^2 - b^2`.
+    $L(a, b) = \tfrac12 (a b - c)^2$, c the `target`. Its minima are the hyperbola
+    $a b = c$, of sharpness $a^2 + b^2 \ge 2 |c|$; gradient flow keeps $a^2 - b^2$.
 
     **Arguments**
 

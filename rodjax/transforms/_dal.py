@@ -39,16 +39,16 @@ class ScaleByDalState(NamedTuple):
 def scale_by_dal(
     p: ArrayLike = 1.0, max_lr: ArrayLike = 5.0
 ) -> optax.GradientTransformationExtraArgs:
-    """Scale the gradient `g` by the learning rate of DAL-p at this step.
+    r"""Scale the gradient `g` by the learning rate of DAL-p at this step.
 
-    With `H` the Hessian of the loss at the parameters:
+    With $H$ the Hessian of the loss at the parameters,
 
-        lr = min(2 / (||H g|| / ||g||)^p, max_lr)
+    $$\eta = \min\left( 2 \left( \|H g\| / \|g\| \right)^{-p}, \eta_{\max} \right)$$
 
     `p = 1` is DAL: the edge of stability for the curvature that the gradient meets,
     so that no direction of it is expanded. A smaller `p` is bolder where that
     curvature exceeds 1, and `p = 0` is the constant `min(2, max_lr)`. Where `g`
-    or `H g` vanishes `lr = max_lr` for `p > 0`. For momentum, as in the paper:
+    or `H g` vanishes it is `max_lr` for `p > 0`. For momentum, as in the paper:
 
         optax.chain(scale_by_dal(), optax.trace(0.9), optax.scale(-1.0))
 
@@ -126,9 +126,9 @@ def scale_by_dal(
 def dal(
     p: ArrayLike = 1.0, max_lr: ArrayLike = 5.0
 ) -> optax.GradientTransformationExtraArgs:
-    """Gradient descent with the learning rate of DAL-p, which needs no tuning.
+    r"""Gradient descent with the learning rate of DAL-p, which needs no tuning.
 
-    `w_{t+1} = w_t - min(2 / (||H g|| / ||g||)^p, max_lr) g`: `scale_by_dal`,
+    $w_{t+1} = w_t - \min(2 (\|H g\|/\|g\|)^{-p}, \eta_{\max})\, g$: `scale_by_dal`,
     whose arguments, extra arguments, errors and source these are, with the sign of
     descent.
 
