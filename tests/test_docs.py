@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from browser import CHROMIUM, chromium
 
 import rodjax as rj
 
@@ -180,6 +181,20 @@ def test_the_site_is_read_without_a_network(site):
         )
     # Without a server the search takes its index from a script.
     assert (SITE / "search" / "search_index.js").read_text().startswith("var __index")
+
+
+def test_the_search_works_without_a_server(site):
+    if CHROMIUM is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    with chromium() as page:
+        page.open((SITE / "index.html").as_uri())
+        page.run("document.querySelector('input[name=query]').focus()")
+        page.call("Input.insertText", text="modulated")
+        titles = "[...document.querySelectorAll('.md-search-result__article h1')]"
+        page.until(f"{titles}.length > 2")
+        assert "Modulated flow" in page.run(f"{titles}.map((title) => title.innerText)")
+        assert not [url for url in page.requests if url.startswith("http")]
+        assert not page.console
 
 
 def test_every_public_name_is_in_the_reference(site):
