@@ -176,7 +176,7 @@ def short(number: float) -> str:
     """Two significant digits, or three decimals."""
     if math.isinf(number):
         return "diverged"
-    return f"{number:.2f}" if number >= 0.1 else f"{number:.3f}"
+    return f"{number:.2f}" if number > 0.0995 else f"{number:.3f}"
 
 
 def pair_of(numbers: list[float]) -> str:
