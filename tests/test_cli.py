@@ -14,7 +14,7 @@ import pytest
 import xarray
 
 from rodjax.cli import _names as choices
-from rodjax.cli._run import run
+from rodjax.cli._run import OF_LIMIT, run
 from rodjax.cli._sweep import sweep
 
 FAST = ["--problem", "scalar-factorization", "--lr", "0.2", "--warmup", "3"]
@@ -47,12 +47,12 @@ def test_table_and_progress(finished):
     out, result = finished
     assert "final distance" in result.stdout and f"written to {out}" in result.stdout
     rows = [line.split() for line in result.stdout.splitlines()]
-    assert ["stable", "central:1"] in rows
+    assert ["limit", "stable", "central:1"] in rows
     said = result.stderr.splitlines()
     assert [line for line in said if "compiling" in line] == [
-        f"{name}: compiling" for name in ("gd", "stable", "central:1")
+        f"{name}: compiling" for name in ("gd", "limit", "stable", "central:1")
     ]
-    assert len(said) == 9 and said[-1].startswith("central:1: 100% 8 of 8 steps, loss ")
+    assert len(said) == 11 and said[-1].startswith("central:1: 100% 8 of 8 steps, loss ")
 
 
 def test_it_says_how_to_view_the_result(finished):
@@ -72,7 +72,7 @@ def test_files_and_schema(finished):
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) == {
         *("problem", "optimizer", "lr", "steps", "warmup", "dtype", "threshold"),
-        *("run", "flows"),
+        *("run", "limit", "flows"),
     }
     assert summary["threshold"] == pytest.approx(10.0)
     assert set(summary["run"]) == {"final_loss", "diverged_at"}
@@ -81,6 +81,10 @@ def test_files_and_schema(finished):
         assert set(row) == FLOW_KEYS
         assert row["diverged_at"] is None
         assert all(isinstance(row[key], float) for key in FLOW_KEYS - {"diverged_at"})
+    # The run and three others, nudged: to rounding, in so few steps.
+    assert summary["limit"]["update_evaluations"] == 4 * 8
+    assert 0 < summary["limit"]["final_distance"] < 1e-14
+    assert set(summary["limit"]) == {*OF_LIMIT, "diverged_at"}
     # Two stages with 4 substeps, 8 steps.
     assert summary["flows"]["central:1"]["update_evaluations"] == 8 * 4 * 2
     with xarray.open_dataset(out / "result.nc", engine="h5netcdf") as data:

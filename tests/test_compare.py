@@ -161,6 +161,33 @@ def test_printing_lanes_shows_their_shape_and_medians():
     assert "3 lanes of shape (1, 3)" in head and same == lines
 
 
+def test_the_limit_is_told_beside_the_distance():
+    window, (run, path) = rj.warm_up(SGD, PARAMS, 4, lr=0.1), pair()
+    nudged = rj.predictability(SGD, window, 6, lr=0.1)
+    both = rj.compare(run, path, predictability=nudged)
+    np.testing.assert_array_equal(both.limit, nudged.distance)
+    without, summary = rj.compare(run, path).summary(), both.summary()
+    of_limit = {"final_limit", "mean_limit"}
+    assert summary.keys() - without.keys() == of_limit
+    assert summary["final_limit"] == nudged.summary()["final_distance"]
+    np.testing.assert_allclose(summary["mean_limit"], nudged.distance.mean())
+    shown = dict(line.rsplit(maxsplit=1) for line in str(both).splitlines())
+    assert of_limit <= shown.keys() and "limit" not in str(rj.compare(run, path))
+    later = rj.predictability(SGD, PARAMS, 6, lr=0.1)
+    with pytest.raises(ValueError, match="predictability is of other steps"):
+        rj.compare(run, path, predictability=later)
+
+
+def test_the_picture_shades_what_is_below_the_limit():
+    run, path = pair()
+    limit = rj.compare(run, path)
+    axes = rj.plot(run, path, predictability=limit).axes[2]
+    (area,) = axes.collections
+    edge = area.get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose(edge.max(), limit.distance.max())
+    assert not rj.plot(run, path).axes[2].collections
+
+
 # --- refusals ------------------------------------------------------------------------
 
 

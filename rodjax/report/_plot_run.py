@@ -5,14 +5,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rodjax.solve import Trajectory, compare
+from rodjax.solve import Comparison, Trajectory, compare
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 def plot(
-    run: Trajectory, flows: Trajectory | Mapping[str, Trajectory], title: str = ""
+    run: Trajectory,
+    flows: Trajectory | Mapping[str, Trajectory],
+    title: str = "",
+    *,
+    predictability: Comparison | None = None,
 ) -> "Figure":
     """Loss, sharpness over threshold, distance and amplitude against optimizer steps.
 
@@ -23,6 +28,8 @@ def plot(
       preconditioned sharpness is empty unless all were recorded with
       `metrics=[edge_of_stability(dynamics)]`.
     - `title`: above the panels.
+    - `predictability`: from `rodjax.predictability`, as for `compare`; distances below
+      its own, where nothing can predict the run, are shaded.
 
     **Returns** the matplotlib `Figure`, to show or to save. **Raises** `ValueError`
     where `compare` does, `ImportError` without matplotlib (`rodjax[plot]`).
@@ -52,7 +59,11 @@ def plot(
         color = f"C{index}"
         loss.plot(flow.steps, flow.metrics["mean_loss"], color, label=name)
         amplitude.plot(flow.steps, _positive(flow.metrics["amplitude"]), color)
-        distance.plot(run.steps, _positive(compare(run, flow).distance), color)
+        distance.plot(
+            run.steps,
+            _positive(compare(run, flow, predictability=predictability).distance),
+            color,
+        )
         if "sharpness_ratio" in flow.metrics:
             ratio.plot(flow.steps, flow.metrics["sharpness_ratio"], color)
     ratio.axhline(1.0, color="gray", ls=":", lw=1)
@@ -68,11 +79,37 @@ def plot(
         # Where everything diverged at once there is nothing to scale.
         if axes is not ratio and any(np.any(np.asarray(y) > 0) for y in drawn):
             axes.set_yscale("log")
+    if predictability is not None:
+        _shade(distance, predictability)
     lost = {"run": run.diverged_at} | {n: flow.diverged_at for n, flow in named.items()}
     lines = [f"{n} diverged at step {t:g}" for n, t in lost.items() if np.isfinite(t)]
     loss.text(0.02, 0.02, "\n".join(lines), transform=loss.transAxes, fontsize=8)
     loss.legend()
     return figure
+
+
+def _shade(axes: "Axes", predictability: Comparison) -> None:
+    """What lies below the limit, in grey, as far down as the flows reach."""
+    limit = _positive(predictability.distance)
+    if not np.any(limit > 0):
+        return
+    if axes.get_lines():
+        bottom, top = axes.get_ylim()
+    else:
+        axes.set_yscale("log")
+        bottom, top = np.nanmin(limit), np.nanmax(limit)
+    axes.fill_between(
+        predictability.steps,
+        bottom,
+        limit,
+        where=limit > bottom,
+        color="k",
+        alpha=0.15,
+        lw=0,
+        label="predictability limit",
+    )
+    axes.set_ylim(bottom, max(top, np.nanmax(limit)))
+    axes.legend(fontsize=8)
 
 
 def _positive(values) -> np.ndarray:
