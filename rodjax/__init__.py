@@ -1,6 +1,8 @@
 """Continuous-time models of gradient descent, momentum and Adam at the edge of
 stability: flows of any Optax optimizer, solved with diffrax."""
 
+from importlib.metadata import version
+
 from rodjax import (
     curvature,
     flows,
@@ -117,3 +119,5 @@ __all__ = [
     "view",
     "warm_up",
 ]
+
+__version__ = version("rodjax")

@@ -164,7 +164,7 @@ def _models(data: "xarray.Dataset") -> dict[str, Any]:
         for row, key, index in drawn
     ]
     common = layout(panels, ranges, steps, len(dims))
-    layouts = [lost(dict(zip(names, row, strict=True)), steps) for row in ends]
+    layouts = [lost(dict(zip(names, at, strict=True)), steps) for at in ends.tolist()]
     for one in layouts:
         one["shapes"] += common["shapes"]
     figure: dict[str, Any] = {"data": traces, "layout": common | layouts[0]}
