@@ -1,5 +1,6 @@
 """The documentation: links, figures, pages; and the built site, where there is one."""
 
+import ast
 import importlib.util
 import re
 from html.parser import HTMLParser
@@ -113,6 +114,28 @@ def test_the_table_of_accuracy_has_medians_over_seeds_relative_to_the_stable_flo
     row["seeds"]["1"]["flows"]["edge"]["diverged_at"] = 7.0
     row["seeds"]["2"]["flows"]["edge"]["diverged_at"] = 7.0
     assert "diverged&nbsp;/&nbsp;diverged" in tables.accuracy_of(found)
+
+
+def other_dialects(text):
+    """What a docstring in Markdown does not have: sections and roles of other kinds."""
+    sections = r"^ *(?:Args|Arguments|Parameters|Returns|Raises|Examples?):$"
+    roles = r":(?:func|class|mod|meth):`|(?<!`)``(?!`)|::$"
+    return re.findall(f"{sections}|{roles}", text, re.M)
+
+
+def test_docstrings_are_of_one_dialect():
+    for file in (ROOT / "rodjax").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                found = other_dialects(ast.get_docstring(node) or "")
+                assert not found, (file, getattr(node, "name", "the module"), found)
+
+
+def test_another_dialect_is_seen():
+    text = (
+        "A.\n\nArgs:\n    x: ``None``, see :func:`f`.\n\n**Returns** `x`::\n```python"
+    )
+    assert other_dialects(text) == ["Args:", "``", "``", ":func:`", "::"]
 
 
 class Page(HTMLParser):
