@@ -50,6 +50,7 @@ def test_the_linear_map_carries_the_nudge_and_the_median_counts(seed):
     # The run itself stays where it is.
     np.testing.assert_array_equal(found.run["amplitude"], 0.0)
     assert float(found.evaluations) == (1 + 3) * 24
+    assert np.isinf(found.diverged_at)
 
 
 def test_seeds_draw_other_signs_and_more_draws_begin_with_the_same():
@@ -125,6 +126,37 @@ def test_nudged_runs_that_diverge_are_told_as_of_a_flow():
     assert found.summary()["final_distance"] == found.distance[expected - 1]
     np.testing.assert_array_equal(np.isnan(found.flow["loss"]), found.steps >= expected)
     assert np.all(found.run["loss"] == 0.0)
+
+
+def test_a_sweep_has_the_limit_of_every_lane():
+    sgd, common = SGD(resting), {"every": 4, "limit": 10.0}
+    data = rj.sweep(
+        sgd, REST, 24, grid={"lr": [1.0, 2.0]}, warmup=2, predictability=True,
+        time_chunk=8, **common,
+    )  # fmt: skip
+    assert data.flow.values.tolist() == ["run", "limit"]
+    for lr in (1.0, 2.0):
+        own = data.sel(lr=lr, flow="limit")
+        alone = rj.predictability(
+            sgd, rj.warm_up(sgd, REST, 2, lr=lr), 24, lr=lr, **common
+        )
+        np.testing.assert_allclose(own.distance, alone.distance, rtol=1e-12)
+        assert own.evaluations == alone.evaluations
+        summary = alone.summary()
+        assert float(own.final_distance) == pytest.approx(summary["final_distance"])
+        np.testing.assert_equal(float(own.diverged_at), summary["diverged_at"])
+    assert np.isnan(data.diverged_at.sel(lr=1.0, flow="limit"))
+    assert np.isfinite(data.diverged_at.sel(lr=2.0, flow="limit"))
+    assert np.all(np.isnan(data.loss.sel(flow="limit")))
+    figure = rj.plot_sweep(data)
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == [
+        "run",
+        "limit",
+    ]
+    with pytest.raises(ValueError, match="'limit' is the name of the predictability"):
+        flows = {"limit": rj.flows.stable(sgd)}
+        grid = {"lr": [1.0]}
+        rj.sweep(sgd, REST, 4, grid=grid, flows=flows, predictability=True)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])

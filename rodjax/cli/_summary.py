@@ -6,7 +6,7 @@ import numpy as np
 
 from rodjax.cli._shared import cell, number
 from rodjax.report import abscissa, alive, by_row, evenly, spread
-from rodjax.solve import FLOW, RUN
+from rodjax.solve import FLOW, NUDGED, RUN
 
 if TYPE_CHECKING:
     import xarray
@@ -32,17 +32,22 @@ def summarize(data: "xarray.Dataset", head: dict[str, Any]) -> dict[str, Any]:
         for name in names
     }
     run = {key: models[RUN][key] for key in ("diverged", "median_sharpness_ratio")}
-    return head | {
-        "grid": {str(name): data[name].values.tolist() for name in grid},
-        "dimensions": {str(d): n for d, n in lost.sizes.items() if d != FLOW},
-        "lanes": lost.sel(flow=RUN).size,
-        "run": run,
-        "flows": {
-            name: models[name] | {"largest_lr_followed": _followed(data, name)}
-            for name in names
-            if name != RUN
-        },
-    }
+    limit = {NUDGED: models.pop(NUDGED)} if NUDGED in models else {}
+    return (
+        head
+        | {
+            "grid": {str(name): data[name].values.tolist() for name in grid},
+            "dimensions": {str(d): n for d, n in lost.sizes.items() if d != FLOW},
+            "lanes": lost.sel(flow=RUN).size,
+            "run": run,
+            "flows": {
+                name: models[name] | {"largest_lr_followed": _followed(data, name)}
+                for name in models
+                if name != RUN
+            },
+        }
+        | limit
+    )
 
 
 def table(data: "xarray.Dataset") -> list[str]:
@@ -60,7 +65,9 @@ def table(data: "xarray.Dataset") -> list[str]:
     }
     for name in flows:
         columns[name, "distance"] = _cells(data, "final_distance", name, dim)
-        columns[name, "S/threshold"] = _cells(data, "median_sharpness_ratio", name, dim)
+        if name != NUDGED:
+            ratio = _cells(data, "median_sharpness_ratio", name, dim)
+            columns[name, "S/threshold"] = ratio
     picked = evenly(len(x), ROWS)
     # A model is named above the first of its columns.
     above = [name if key != "S/threshold" else "" for name, key in columns]

@@ -61,6 +61,10 @@ def sweep(
     solver: shared.Solver = "heun",
     float64: shared.Float64 = True,
     every: shared.Every = 4,
+    limit: Annotated[
+        bool,
+        typer.Option("--limit", help="The predictability limit beside the flows."),
+    ] = False,
     lanes: Annotated[
         int | None,
         typer.Option(help="Lanes computed at a time.", show_default="what fits"),
@@ -154,6 +158,7 @@ def sweep(
                 out=out,
                 settings=head,
                 progress=partial(_tell, bar, out),
+                predictability=limit,
             )
             if not bar.moved:
                 bar.say(f"nothing left to do of {total} steps in {out}")

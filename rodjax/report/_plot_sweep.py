@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rodjax.solve import FLOW, RUN, STEP
+from rodjax.solve import FLOW, NUDGED, RUN, STEP
 
 if TYPE_CHECKING:
     import xarray
@@ -25,7 +25,8 @@ def plot_sweep(data: "xarray.Dataset", along: str = "lr", title: str = "") -> "F
     Lines are medians over the other axes of the grid, bands reach from the least to the
     largest, both over lanes in which neither the run nor the flow diverged. Where the
     run diverged the picture is shaded, the darker the more lanes; crosses at the top
-    mark where a flow did though the run did not.
+    mark where a flow did though the run did not. The predictability limit, of a sweep
+    with it, is dashed.
 
     **Arguments**
 
@@ -227,10 +228,11 @@ def _share_lost(data: "xarray.Dataset", dim: str) -> dict[str, NDArray[Any]]:
 def styles(data: "xarray.Dataset") -> dict[str, dict[str, Any]]:
     """How each model is drawn, the run first."""
     names = [str(name) for name in data[FLOW].values]
-    flows = [name for name in names if name != RUN]
+    flows = [name for name in names if name not in (RUN, NUDGED)]
     colors = {name: {"color": f"C{index}"} for index, name in enumerate(flows)}
     run = {RUN: {"color": "k", "lw": 2.5, "alpha": 0.5}} if RUN in names else {}
-    return {**run, **colors}
+    limit = {NUDGED: {"color": "gray", "ls": "--"}} if NUDGED in names else {}
+    return {**run, **colors, **limit}
 
 
 def cells(x: NDArray[Any]) -> list[tuple[float, float]]:

@@ -23,6 +23,7 @@ from rodjax.solve._integrate import (
 )
 from rodjax.solve._labels import (
     FLOW,
+    NUDGED,
     RUN,
     STEP,
     attributes,
@@ -38,7 +39,14 @@ from rodjax.solve._metrics import (
     spectrum,
     stability_coefficients,
 )
-from rodjax.solve._predictability import DRAWS, predictability
+from rodjax.solve._predictability import (
+    DRAWS,
+    itself,
+    look_at_all,
+    lost_at,
+    nudged_windows,
+    predictability,
+)
 from rodjax.solve._record import Place, begin, measure, proceed
 from rodjax.solve._trajectory import (
     Metric,
@@ -54,6 +62,7 @@ __all__ = [
     "FLOW",
     "LIMIT",
     "LOSSES",
+    "NUDGED",
     "RUN",
     "STEP",
     "SUMMARIES",
@@ -76,10 +85,14 @@ __all__ = [
     "edge_of_stability",
     "everything",
     "integrate",
+    "itself",
     "last_finite",
+    "look_at_all",
     "losses",
+    "lost_at",
     "measure",
     "monitor",
+    "nudged_windows",
     "predictability",
     "proceed",
     "saved_moments",

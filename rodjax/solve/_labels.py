@@ -12,6 +12,8 @@ from rodjax.optimizer import Dynamics
 FLOW, STEP = "flow", "step"
 #: The optimizer's own entry among the flows.
 RUN = "run"
+#: Its distance to itself, nudged by a rounding error, among them.
+NUDGED = "limit"
 
 
 def check_flows(dynamics: Dynamics, flows: Mapping[str, Flow]) -> None:

@@ -123,8 +123,7 @@ def _predictability(
         run=jax.tree.map(lambda x: x[:, 0], values),
         flow=jax.tree.map(lambda x: median(x[:, 1:], axis=1), values),
         evaluations=jnp.sum(end.evaluations),
-        # Infinite where more than half of them have not.
-        diverged_at=jnp.median(end.diverged_at[1:]),
+        diverged_at=lost_at(end),
     )
 
 
@@ -182,7 +181,17 @@ def itself(midpoints: PyTree) -> Array:
     return median(jax.vmap(apart)(others), axis=0)
 
 
+def lost_at(places: Place) -> Array:
+    """When more than half of the nudged runs had diverged; infinite if never."""
+    return _middle(places.diverged_at[1:], axis=0)
+
+
 def median(values: Array, axis: int) -> Array:
     """The median, in which NaN is beyond all numbers; NaN where it is that."""
-    found = jnp.median(jnp.where(jnp.isnan(values), jnp.inf, values), axis=axis)
+    found = _middle(jnp.where(jnp.isnan(values), jnp.inf, values), axis)
     return jnp.where(jnp.isinf(found), jnp.nan, found)
+
+
+def _middle(values: Array, axis: int) -> Array:
+    """Of an odd number of values, which JAX's own median interpolates to NaN."""
+    return jnp.take(jnp.sort(values, axis), values.shape[axis] // 2, axis)

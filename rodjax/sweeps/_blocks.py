@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from rodjax.solve import RUN
 from rodjax.sweeps import _table as table
 from rodjax.sweeps._grid import Grid
-from rodjax.sweeps._lanes import Rows, Spec
+from rodjax.sweeps._lanes import Rows, Spec, models
 from rodjax.sweeps._program import Devices, Program, get, put, shardings
 from rodjax.sweeps._store import Store
 
@@ -96,13 +96,13 @@ class Blocks:
 
     def __iter__(self) -> Iterator[table.Block]:
         """Every block's variables, lanes beyond the grid's end included."""
-        each, models = len(self.counts), [RUN, *(name for name, _ in self.spec.flows)]
+        each = len(self.counts)
         for first in range(0, self.blocks * each, each):
             chunks = [
                 self._stored(first + i) if self.store else self.computed[first + i]
                 for i in range(each)
             ]
-            yield table.block(chunks, self.counts, models)
+            yield table.block(chunks, self.counts, models(self.spec))
 
     def close(self) -> None:
         """Wait for all processes, and let go of the store."""

@@ -11,6 +11,8 @@ from jaxtyping import Array, Int, PyTree
 from rodjax.flows import Flow
 from rodjax.optimizer import Dynamics, opening
 from rodjax.solve import (
+    DRAWS,
+    NUDGED,
     RUN,
     Course,
     Method,
@@ -20,8 +22,12 @@ from rodjax.solve import (
     begin,
     begun,
     descent,
+    itself,
+    look_at_all,
     losses,
+    lost_at,
     measure,
+    nudged_windows,
     proceed,
     separation,
     solution,
@@ -42,6 +48,7 @@ class Spec(NamedTuple):
     - `warmup`: optimizer steps before the first moment; `every`: between moments.
     - `keep(params)`: what to keep of the parameters at every saved moment.
     - `limit`: of divergence, counted from the initial parameters; see `descend`.
+    - `predictability`: whether the run is nudged too, as one more model.
     """
 
     dynamics: Dynamics
@@ -53,6 +60,7 @@ class Spec(NamedTuple):
     keep: Callable[[PyTree], PyTree]
     method: Method
     limit: float
+    predictability: bool
 
 
 class Rows(NamedTuple):
@@ -85,20 +93,21 @@ def set_out(spec: Spec, params: PyTree, point: Point) -> Places:
     lr = _lr(spec, point, params)
     # Compiled for itself, lest fusions with the rest differ by the number of devices.
     window = jax.jit(partial(opening, spec.dynamics))(params, lr=lr)
-    window, lost_at, _ = descent(spec.dynamics, lr, spec.warmup).advance(window)
+    window, lost, _ = descent(spec.dynamics, lr, spec.warmup).advance(window)
     # No flow can start from a run that is lost already.
     states = {name: begun(flow, window, lr, key) for name, flow in spec.flows}
-    return {
-        name: begin(
-            course,
-            states.get(name, window),
-            recorded(spec),
-            spec.limit,
-            params,
-            lost_at,
-        )
-        for name, course in _courses(spec, lr).items()
+    courses = _courses(spec, lr)
+    bounds = spec.limit, params, lost
+    places = {
+        name: begin(course, states.get(name, window), recorded(spec), *bounds)
+        for name, course in courses.items()
     }
+    if spec.predictability:
+        # Those of `predictability`, with the seed that it has by default.
+        of_run = spec.dynamics, window, lr, jax.random.key(0), DRAWS
+        first = lambda w: begin(courses[RUN], w, (losses(spec.dynamics.loss),), *bounds)
+        places[NUDGED] = jax.lax.map(first, nudged_windows(*of_run))
+    return places
 
 
 def follow(
@@ -119,33 +128,48 @@ def follow(
     metrics = recorded(spec)
 
     def go_on(places: Places) -> Places:
-        return {name: proceed(courses[name], place) for name, place in places.items()}
+        return places | {
+            name: proceed(course, places[name]) for name, course in courses.items()
+        }
 
-    def save(places: Places) -> tuple[Places, PyTree]:
+    def save(places: Places, moved: Array) -> tuple[Places, PyTree]:
         seen, values, following = {}, {}, {}
         for name, course in courses.items():
             measured = measure(course, places[name], metrics)
             following[name], seen[name], values[name] = measured
             _check(values[name], point)
-        return following, _row(spec, seen, values)
+        metrics_of, kept = _row(spec, seen, values)
+        if spec.predictability:
+            own = (losses(spec.dynamics.loss),)
+            looked = look_at_all(courses[RUN], places[NUDGED], moved, own)
+            following[NUDGED], midpoints, _ = looked
+            metrics_of[NUDGED] = {"distance": itself(midpoints)}
+            nothing = lambda x: jnp.full_like(x, jnp.nan)
+            kept[NUDGED] = jax.tree.map(nothing, kept[RUN])
+        return following, (metrics_of, kept)
 
     def body(moment, carry):
         places, rows = carry
         # The first is saved in the same loop, so that `save` is compiled once.
-        places, row = save(jax.lax.cond(moment > 0, go_on, lambda p: p, places))
+        moved = moment > 0
+        places, row = save(jax.lax.cond(moved, go_on, lambda p: p, places), moved)
         return places, jax.tree.map(lambda x, r: x.at[moment].set(r), rows, row)
 
     rows = jax.tree.map(
         lambda x: jnp.full((length + 1, *x.shape), jnp.nan, x.dtype),
-        jax.eval_shape(lambda: save(places)[1]),
+        jax.eval_shape(lambda: save(places, jnp.array(True))[1]),
     )
     first = jnp.where(fresh, 0, 1)
     places, (metrics, kept) = jax.lax.fori_loop(first, count + 1, body, (places, rows))
     return places, Rows(
         metrics,
         kept,
-        {name: place.diverged_at for name, place in places.items()},
-        {name: place.evaluations for name, place in places.items()},
+        {
+            name: lost_at(place) if name == NUDGED else place.diverged_at
+            for name, place in places.items()
+        },
+        # Of all nudged runs together.
+        {name: jnp.sum(place.evaluations) for name, place in places.items()},
     )
 
 
@@ -158,6 +182,12 @@ def _courses(spec: Spec, lr: PyTree) -> dict[str, Course]:
     for name, flow in spec.flows:
         courses[name] = solution(flow, lr, spec.every, spec.method)
     return courses
+
+
+def models(spec: Spec) -> list[str]:
+    """The entries of the result, in order: the run, the flows, the run nudged."""
+    flows = [name for name, _ in spec.flows]
+    return [RUN, *flows, *([NUDGED] if spec.predictability else [])]
 
 
 def recorded(spec: Spec) -> tuple[Metric, ...]:

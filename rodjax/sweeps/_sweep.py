@@ -13,11 +13,18 @@ from jaxtyping import Array, PyTree
 
 from rodjax.flows import Flow
 from rodjax.optimizer import Dynamics
-from rodjax.solve import LIMIT, Metric, check_flows, saved_moments, solving
+from rodjax.solve import (
+    LIMIT,
+    NUDGED,
+    Metric,
+    check_flows,
+    saved_moments,
+    solving,
+)
 from rodjax.sweeps import _table as table
 from rodjax.sweeps._blocks import Blocks, Status
 from rodjax.sweeps._grid import SEED, Axes, Grid, make_grid
-from rodjax.sweeps._lanes import Spec
+from rodjax.sweeps._lanes import Spec, models
 from rodjax.sweeps._program import Frozen, fit
 from rodjax.sweeps._store import Store, check_same, settings_in
 
@@ -53,6 +60,7 @@ def sweep(
     settings: Mapping[str, Any] | None = None,
     progress: Callable[[Status], None] | None = None,
     limit: float = LIMIT,
+    predictability: bool = False,
 ) -> "xarray.Dataset":
     """Run an optimizer and its flows on every point of a named grid.
 
@@ -91,6 +99,9 @@ def sweep(
     - `settings`: attributes of the result, numbers or strings.
     - `progress`: called with a `rodjax.sweeps.Status` after every chunk.
     - `limit`: of divergence, as for `descend`, relative to the initial parameters.
+    - `predictability`: whether to find every lane's predictability limit too, the
+      `distance` of the entry "limit" beside the flows', as `rj.predictability` does:
+      four more runs of the optimizer.
 
     **Returns** an `xarray.Dataset` with the dimensions `flow` ("run", the optimizer
     itself, and the flows' names), those of the grid, and `step` (optimizer steps). Its
@@ -122,6 +133,10 @@ def sweep(
     """
     points, flows = make_grid(grid), dict(flows or {})
     _check(dynamics, draw, points, flows, warmup, lane_chunk, dict(settings or {}))
+    if predictability and NUDGED in flows:
+        raise ValueError(
+            f"flows: {NUDGED!r} is the name of the predictability limit: give another"
+        )
     moments = saved_moments(steps, every)
     length = _length(moments, every, time_chunk)
     method = solving(solver, substeps, stepsize_controller)
@@ -141,6 +156,7 @@ def sweep(
         keep,
         method,
         limit,
+        predictability,
     )
     point = jax.tree.map(lambda x: x[0], points.points(0, 1))
     described = {
@@ -157,7 +173,7 @@ def sweep(
         "jax": jax.__version__,
         "devices": f"{len(chosen)} x {chosen[0].device_kind}",
         "stepsize_controller": type(method.stepsize_controller).__name__,
-        "flows": list(flows),
+        "flows": models(spec)[1:],
         "zipped": [list(names) for names in points.dims],
         "params": _digest(params),
         **{f"grid {name}": value.tolist() for name, value in points.values.items()},
@@ -170,7 +186,7 @@ def sweep(
         )
     named = settings | named
     at = warmup + every * np.arange(moments + 1)
-    empty = table.header(points, list(flows), at, settings | described)
+    empty = table.header(points, models(spec), at, settings | described)
     lanes = None if lane_chunk is None else -(-lane_chunk // len(chosen)) * len(chosen)
     fixed = time_chunk is not None
     if directory is not None and (stored := settings_in(directory)) is not None:

@@ -82,12 +82,12 @@ def long_names(spec: Spec) -> dict[str, str]:
 
 
 def header(
-    grid: Grid, flows: Sequence[str], steps: NDArray[Any], settings: dict[str, Any]
+    grid: Grid, models: Sequence[str], steps: NDArray[Any], settings: dict[str, Any]
 ) -> "xarray.Dataset":
     """The coordinates and attributes of the result, without its variables."""
     import xarray
 
-    coordinates: dict[str, Any] = {FLOW: [RUN, *flows], STEP: step_coordinate(steps)}
+    coordinates: dict[str, Any] = {FLOW: [*models], STEP: step_coordinate(steps)}
     dimension = {name: names[0] for names in grid.dims for name in names}
     for name, values in grid.values.items():
         dims = (dimension[name],) if name in dimension else ()
