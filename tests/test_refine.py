@@ -124,8 +124,8 @@ def test_sharpness_by_products_approaches_sharpness():
 
 
 def test_another_batch_costs_no_compilation():
-    # Without a guess, and with one.
-    loss: Any = chex.assert_max_traces(n=2)(network)
+    # Twice each, without a guess and with one: whether it has convolutions is looked at.
+    loss: Any = chex.assert_max_traces(n=4)(network)
 
     params = parameters()
     vector = rj.sharpness(loss, params, args=(DATA,), products=2).vector

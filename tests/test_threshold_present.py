@@ -140,3 +140,30 @@ def test_ratio_of_clipped_gradient_descent_is_that_of_its_step():
 def test_refuses_a_negative_step():
     with pytest.raises(ValueError, match="step must be at least 0"):
         rj.threshold(rj.dynamics(optax.sgd(0.1), bowl), START, step=-1)
+
+
+CLIPS = {
+    "clip": (optax.chain(optax.clip(1.0), optax.adam(0.1)), True),
+    "large": (optax.chain(optax.clip_by_global_norm(1e4), optax.adamw(0.1)), True),
+    "adaptive": (optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.1)), True),
+    "of a block": (optax.chain(optax.sgd(0.1), optax.clip_by_block_rms(1.0)), True),
+    "sign": (optax.lion(0.1), True),
+    "nesterov": (optax.sgd(0.1, momentum=0.9, nesterov=True), False),
+    "adamw": (optax.adamw(0.1), False),
+    "nadam": (optax.nadam(0.1), False),
+    "rmsprop": (optax.rmsprop(0.1, momentum=0.9), False),
+    "adagrad": (optax.adagrad(0.1), False),
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_what_may_clip_is_seen_in_a_few_steps(name):
+    optimizer, clips = CLIPS[name]
+    params = {"a": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    loss = lambda w: jnp.sum(w["a"] ** 2) + jnp.sum(w["b"] ** 2)
+    system = rj.dynamics(optimizer, loss)
+    assert system.clips(params) is clips
+    # Of shapes alone, under tracing too.
+    said = []
+    jax.jit(lambda w: said.append(system.clips(w)))(params)
+    assert said == [clips]

@@ -203,7 +203,7 @@ def test_groups_have_their_block_and_their_share():
 
 
 def test_the_status_does_not_flicker():
-    def words(ratios, losses):
+    def words(ratios, losses, lost=False):
         status, course, path = (
             jnp.zeros((), jnp.int32),
             no_course(jnp.dtype("float64")),
@@ -212,7 +212,7 @@ def test_the_status_does_not_flicker():
         no = jnp.zeros((), bool)
         for ratio, loss in zip(ratios, losses, strict=True):
             course = with_loss(course, jnp.asarray(loss))
-            look = Look(jnp.asarray(ratio), ~no, no, no)
+            look = Look(jnp.asarray(ratio), ~no, no, no, no | lost)
             status, course = next_status(status, course, look)
             path.append(STATUS[int(status)])
         return path
@@ -225,6 +225,9 @@ def test_the_status_does_not_flicker():
     assert rising == ["at the edge"] + ["unstable"] * 3 + ["at the edge"]
     # Above the edge, while the loss falls.
     assert words([1.2, 1.3, 1.2], [3.0, 2.0, 1.0]) == ["at the edge"] * 3
+    # Unless the very step that is looked at raises its loss.
+    assert words([1.2], [1.0], lost=True) == ["unstable"]
+    assert words([0.95], [1.0], lost=True) == ["at the edge"]
     assert words([0.5, 0.5], [1.0, jnp.inf])[1] == "unstable"
 
 

@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import PyTree
 
-from rodjax.optimizer import Loss
+from rodjax.optimizer import Loss, for_loops
 
 
 def hvp(loss: Loss, params: PyTree, vector: PyTree) -> PyTree:
@@ -18,7 +18,7 @@ def hvp(loss: Loss, params: PyTree, vector: PyTree) -> PyTree:
 
     ```
     """
-    return jax.jvp(jax.grad(loss), (params,), (vector,))[1]
+    return jax.jvp(for_loops(jax.grad(loss)), (params,), (vector,))[1]
 
 
 def third_derivative(loss: Loss, params: PyTree, u: PyTree, v: PyTree) -> PyTree:

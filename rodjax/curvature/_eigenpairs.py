@@ -16,7 +16,14 @@ from rodjax.linalg import (
     top_eigenpair,
     top_eigenpairs,
 )
-from rodjax.optimizer import Dynamics, Loss, State, compiled, coordinate_thresholds
+from rodjax.optimizer import (
+    Dynamics,
+    Loss,
+    State,
+    compiled,
+    coordinate_thresholds,
+    for_loops,
+)
 
 
 def sharpness(
@@ -204,7 +211,8 @@ def _preconditioned(
     dynamics: Dynamics, state: State, *, lr: PyTree, grad: PyTree | None
 ) -> Callable[[PyTree], PyTree]:
     """The product with D^{-1/2} H D^{-1/2} at `state`."""
-    grad = jax.grad(dynamics.loss)(state.params) if grad is None else grad
+    slope_of = for_loops(jax.grad(dynamics.loss))
+    grad = slope_of(state.params) if grad is None else grad
     edges = coordinate_thresholds(dynamics, state, lr=lr, grad=grad)
     root = jax.tree.map(jax.lax.rsqrt, edges)
 

@@ -15,7 +15,14 @@ from rodjax.flows._flow import Flow, moving
 from rodjax.flows._scope import preconditioned_start
 from rodjax.flows._tracking import STEEPEST, Tracked, top_directions, turn
 from rodjax.linalg import Complementary, complementarity, cubature, root, square_root
-from rodjax.optimizer import Dynamics, State, Window, inverse_preconditioner, midpoint
+from rodjax.optimizer import (
+    Dynamics,
+    State,
+    Window,
+    for_loops,
+    inverse_preconditioner,
+    midpoint,
+)
 
 REPORTS: Mapping[str, str] = MappingProxyType(
     {
@@ -117,7 +124,7 @@ def central(dynamics: Dynamics, *, rank: int = 3, gamma: float = 4.0) -> Flow:
     def look(y: CentralState, lr: PyTree) -> _Moment:
         mean = y.mean
         point, unravel = ravel_pytree(mean.params)
-        slope_of = jax.grad(lambda x: dynamics.loss(unravel(x)))
+        slope_of = for_loops(jax.grad(lambda x: dynamics.loss(unravel(x))))
 
         def inverse_of(slow, clock):
             state = mean._replace(slow=slow, clock=clock)

@@ -12,7 +12,14 @@ from rodjax.curvature import third_derivative
 from rodjax.flows._flow import Floor, Flow, floor_size
 from rodjax.flows._scope import gradient_descent_start
 from rodjax.linalg import cubature
-from rodjax.optimizer import Dynamics, State, Window, alternating, learning_rate
+from rodjax.optimizer import (
+    Dynamics,
+    State,
+    Window,
+    alternating,
+    for_loops,
+    learning_rate,
+)
 
 
 class CovarianceState(NamedTuple):
@@ -81,7 +88,7 @@ def covariance(dynamics: Dynamics, *, rank: int = 3, floor: Floor = None) -> Flo
         )
         pull = jax.tree.map(lambda b: jnp.sum(b, 0), bends)
         moved = optax.tree.add_scale(field.params, -0.5 * rate, pull)
-        _, curve = jax.linearize(jax.grad(dynamics.loss), params)
+        _, curve = jax.linearize(for_loops(jax.grad(dynamics.loss)), params)
 
         def grow(v: PyTree) -> PyTree:
             once = curve(v)

@@ -17,7 +17,7 @@ from rodjax.flows._logarithm import principal_coefficient
 from rodjax.flows._scope import check_precision, gradient_descent_start
 from rodjax.flows._tracking import turn, with_sign
 from rodjax.linalg import flatten
-from rodjax.optimizer import Dynamics, Loss, State, learning_rate
+from rodjax.optimizer import Dynamics, Loss, State, for_loops, learning_rate
 
 # Where eta l = 1 one step ends a direction, at an infinite rate. The least |1 - eta l|
 # taken into account: in the exact flow and, for a solver of four substeps, the other.
@@ -113,7 +113,7 @@ def _exact(dynamics: Dynamics) -> Flow:
             parts = unravel(jnp.real(x)), unravel(jnp.imag(x))
             return dynamics.loss(jax.tree.map(jax.lax.complex, *parts))
 
-        slope_of = jax.grad(loss, holomorphic=True)
+        slope_of = for_loops(jax.grad(loss, holomorphic=True))
         slope, curve = jax.linearize(slope_of, point)
         hessian = jax.vmap(curve)(jnp.eye(point.size, dtype=point.dtype))
         # Symmetric but, away from the reals, not Hermitian.
@@ -171,7 +171,7 @@ def _top(dynamics: Dynamics, count: int) -> Flow:
     def vector_field(t, y: TopState, lr: PyTree) -> TopState:
         rate = learning_rate(dynamics, half_step_earlier(y.mean), lr=lr)
         point, unravel = ravel_pytree(y.mean.params)
-        slope_of = jax.grad(lambda x: dynamics.loss(unravel(x)))
+        slope_of = for_loops(jax.grad(lambda x: dynamics.loss(unravel(x))))
         slope, curve = jax.linearize(slope_of, point)
         step = -rate * slope
         # Not as a preconditioner, by which a schedule that starts at zero is infinite.

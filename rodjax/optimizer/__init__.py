@@ -6,6 +6,7 @@ becomes unstable (`threshold`), and when two optimizers are the same (`compiled`
 not know: derivatives of the loss beyond its gradient, flows, solvers, files.
 """
 
+from rodjax.optimizer._convolutions import for_loops
 from rodjax.optimizer._dynamics import Dynamics, Loss, dynamics
 from rodjax.optimizer._given import fitted
 from rodjax.optimizer._linear import LinearMap, linearize
@@ -26,6 +27,7 @@ from rodjax.optimizer._state import (
     widest,
 )
 from rodjax.optimizer._threshold import (
+    NOT_APART,
     alternating_multiplier,
     first_edge,
     threshold,
@@ -43,6 +45,7 @@ from rodjax.optimizer._window import (
 )
 
 __all__ = [
+    "NOT_APART",
     "REACH",
     "Dynamics",
     "Edges",
@@ -62,6 +65,7 @@ __all__ = [
     "fingerprint",
     "first_edge",
     "fitted",
+    "for_loops",
     "half_step_midpoint",
     "has_momentum",
     "inverse_preconditioner",

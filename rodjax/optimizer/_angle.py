@@ -7,21 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import PyTree
 
 from rodjax.optimizer._same import Same
 from rodjax.optimizer._split import (
-    PARTS,
     Kind,
     OptimizerFactory,
     Shapes,
+    settled_trial,
     shapes_of,
     split_of,
     tree_of,
-    trial_of,
 )
-from rodjax.optimizer._state import LATE, State, merge, slots_of, split_like
+from rodjax.optimizer._state import State, merge, slots_of, split_like
 from rodjax.optimizer._trial import Trial
 
 # A gradient whose square moves no second moment that is one.
@@ -56,15 +54,7 @@ def _angle(same: Same, params: Shapes, lr: Shapes) -> float | None:
     if split.refusal or split.opaque or given not in ([], [1]):
         return None
     with jax.ensure_compile_time_eval(), jax.debug_nans(False):
-        trial = trial_of(factory, params, lr)
-        leaves, structure = jax.tree.flatten(trial.start)
-        pairs = list(zip(leaves, split.parts, strict=True))
-        only = lambda part: [x if p == part else None for x, p in pairs]
-        state = State(*(jax.tree.unflatten(structure, only(part)) for part in PARTS))
-        state = state._replace(
-            slow=optax.tree.ones_like(state.slow),
-            clock=optax.tree.full_like(state.clock, LATE),
-        )
+        trial, state = settled_trial(factory, params, lr, split, 1.0)
         try:
             slots = slots_of(state)
         except ValueError:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from rodjax.optimizer._clips import undone
 from rodjax.optimizer._dynamics import Dynamics
 from rodjax.optimizer._linear import LinearMap, Rest
 
@@ -23,15 +24,7 @@ def let_through(
     state, zero = rest.state, optax.tree.zeros_like(grad)
     step = lambda slow, grad: dynamics.respond(state._replace(slow=slow), grad, lr=lr)
     still = step(state.slow, zero)
-    # A second moment is linear in what it was and in what is added to it.
-    moved = step(state.slow, grad).slow
-    slow = jax.tree.map(
-        lambda s, kept, m: jnp.where(kept > 0, s * ((2 * kept - m) / kept), s),
-        state.slow,
-        still.slow,
-        moved,
-    )
-    shown = step(slow, grad)
+    shown = step(undone(state.slow, still.slow, step(state.slow, grad).slow), grad)
 
     def share(shown: Array, still: Array, response: Array, g: Array) -> Array:
         told = response[..., 0] * g

@@ -1,7 +1,5 @@
 """At which curvature, and at which angle, a linear map leaves the unit circle."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -27,57 +25,81 @@ def crossing(
     least gain at a phase crossing (Lee, Lee, arXiv 2608.18415).
     """
     p, q = _polynomials(free, response)
+    zero = jnp.zeros((), free.dtype)
     # By itself, for the other angles have no derivative there.
-    signs = (-1.0) ** jnp.arange(len(p), dtype=free.dtype)
-    gains = _positive(jnp.dot(signs, p), jnp.dot(signs[:-1], q))[None]
-    angles = jnp.full((1,), jnp.pi, free.dtype)
-    if len(q) > 1:
-        cosines = _angles(_sines(p, q))
-        inside = jnp.abs(cosines) < 1 - float(jnp.finfo(free.dtype).eps) ** NEAR
-        c = jnp.where(inside, cosines, 0)
-        others = jax.vmap(partial(_gain, p, q))(c)
-        gains = jnp.concatenate([gains, jnp.where(inside, others, jnp.inf)])
-        angles = jnp.concatenate([angles, jnp.arccos(c)])
-    first = jnp.argmin(gains)
-    return gains[first], angles[first]
+    at = lambda x: sum((-a if k % 2 else a for k, a in enumerate(x)), zero)
+    gain, angle = _positive(at(p), at(q)), jnp.asarray(jnp.pi, free.dtype)
+    edge = 1 - float(jnp.finfo(free.dtype).eps) ** NEAR
+
+    def first(so_far: tuple[Array, Array], cosine: Array) -> tuple[Array, Array]:
+        gain, angle = so_far
+        inside = jnp.abs(cosine) < edge
+        c = jnp.where(inside, cosine, 0)
+        other = jnp.where(inside, _gain(p, q, c), jnp.inf)
+        less = other < gain
+        return jnp.where(less, other, gain), jnp.where(less, jnp.arccos(c), angle)
+
+    if len(q) <= 3:
+        # One after the other, so that many coordinates are one pass over them.
+        for cosine in _angles(_sines(p, q)):
+            gain, angle = first((gain, angle), cosine)
+        return gain, angle
+    cosines = _searched(_sines(p, q))
+    step = lambda so_far, cosine: (first(so_far, cosine), None)
+    return jax.lax.scan(step, (gain, angle), cosines)[0]
 
 
-def _polynomials(free: Array, response: Array) -> tuple[Array, Array]:
-    """Coefficients of P, [n + 1], and of Q, [n], from the constant on (Faddeev)."""
-    n = len(response)
-    eye = jnp.eye(n, dtype=free.dtype)
-    p, q, adjugate = [jnp.ones((), free.dtype)], [], eye
-    for k in range(1, n + 1):
-        q.append(adjugate[0] @ response)
-        image = free @ adjugate
-        p.append(-jnp.trace(image) / k)
-        adjugate = image + p[-1] * eye
-    return jnp.stack(p[::-1]), jnp.stack(q[::-1])
+def _polynomials(free: Array, response: Array) -> tuple[list[Array], list[Array]]:
+    """Coefficients of P, n + 1, and of Q, n, from the constant on (Faddeev).
+
+    Number by number: of many small matrices a product takes far longer than its sums.
+    """
+    rows = range(len(response))
+    one, none = jnp.ones((), free.dtype), jnp.zeros((), free.dtype)
+    adjugate = [[one if i == j else none for j in rows] for i in rows]
+    dot = lambda x, y: sum((a * b for a, b in zip(x, y, strict=True)), none)
+    p, q = [one], []
+    for k in range(1, len(rows) + 1):
+        q.append(dot(adjugate[0], response))
+        columns = list(zip(*adjugate, strict=True))
+        image = [[dot(free[i], column) for column in columns] for i in rows]
+        p.append(-sum((image[i][i] for i in rows), none) / k)
+        adjugate = [
+            [image[i][j] + p[-1] if i == j else image[i][j] for j in rows] for i in rows
+        ]
+    return p[::-1], q[::-1]
 
 
-def _sines(p: Array, q: Array) -> list[Array]:
+def _sines(p: list[Array], q: list[Array]) -> list[Array]:
     """s_m of Im(P conj(Q)) = sum_m s_m sin(m w), for m = 1, ..., n."""
     n = len(q)
     terms = [(j - k, p[j] * q[k]) for j in range(n + 1) for k in range(n) if j != k]
-    none = jnp.zeros((), p.dtype)
+    none = jnp.zeros((), p[0].dtype)
     total = lambda m: sum((x for d, x in terms if d == m), none)
     return [total(m) - total(-m) for m in range(1, n + 1)]
 
 
-def _angles(s: list[Array]) -> Array:
+def _angles(s: list[Array]) -> list[Array]:
     """Cosines where sum_m s_m U_{m-1}(c) vanishes; 1, no angle, for what is none."""
     safe = lambda x: jnp.where(x == 0, 1, x)
+    if len(s) == 1:
+        return []
     if len(s) == 2:
-        return jnp.where(s[1] == 0, 1, -0.5 * s[0] / safe(s[1]))[None]
-    if len(s) == 3:
-        # s_1 - s_3 + 2 s_2 c + 4 s_3 c^2, by the root that does not cancel.
-        a, b, c = 4 * s[2], s[1], s[0] - s[2]
-        square = b * b - a * c
-        root = jnp.sqrt(jnp.where(square > 0, square, 0))
-        big = -(b + jnp.where(b >= 0, root, -root))
-        found = jnp.stack([big / safe(a), c / safe(big)])
-        valid = jnp.stack([a != 0, big != 0]) & (square >= 0)
-        return jnp.where(valid, found, 1)
+        return [jnp.where(s[1] == 0, 1, -0.5 * s[0] / safe(s[1]))]
+    # s_1 - s_3 + 2 s_2 c + 4 s_3 c^2, by the root that does not cancel.
+    a, b, c = 4 * s[2], s[1], s[0] - s[2]
+    square = b * b - a * c
+    root = jnp.sqrt(jnp.where(square > 0, square, 0))
+    big = -(b + jnp.where(b >= 0, root, -root))
+    real = square >= 0
+    return [
+        jnp.where((a != 0) & real, big / safe(a), 1),
+        jnp.where((big != 0) & real, c / safe(big), 1),
+    ]
+
+
+def _searched(s: list[Array]) -> Array:
+    """`_angles` of more than three, on a grid."""
 
     def value(w):
         sines = jnp.sin(jnp.arange(1, len(s) + 1) * w) / jnp.sin(w)
@@ -101,7 +123,7 @@ def _angles(s: list[Array]) -> Array:
     return jnp.where(changes, jnp.cos(0.5 * (low + high)), 1)
 
 
-def _gain(p: Array, q: Array, cosine: Array) -> Array:
+def _gain(p: list[Array], q: list[Array], cosine: Array) -> Array:
     """Re(P conj(Q)) / |Q|^2 at this angle; infinite unless it is positive."""
     waves = [jnp.ones_like(cosine), cosine]
     while len(waves) < len(p):

@@ -10,6 +10,8 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.optimizer._angle import angle_of
+from rodjax.optimizer._clips import clips_of
+from rodjax.optimizer._convolutions import for_loops
 from rodjax.optimizer._split import PARTS, Kind, OptimizerFactory, split_of
 from rodjax.optimizer._state import State, as_optax, in_floats, merge, split_like
 from rodjax.optimizer._trial import update_with
@@ -52,6 +54,12 @@ class AngleFn(Protocol):
     def __call__(self, params: PyTree, *, lr: PyTree = None) -> float | None: ...
 
 
+class ClipsFn(Protocol):
+    """`clips(params, *, lr) -> bool`."""
+
+    def __call__(self, params: PyTree, *, lr: PyTree = None) -> bool: ...
+
+
 class CastFn(Protocol):
     """`cast(params, *, lr) -> lr`."""
 
@@ -74,6 +82,8 @@ class Dynamics(NamedTuple):
     - `angle(params, *, lr)`: the angle at which stability is first lost, pi for an
       oscillation of period two, as a number under tracing too; `None` where shapes do
       not tell (no threshold, or an `lr` of several hyperparameters).
+    - `clips(params, *, lr)`: whether large gradients may be clipped, likewise; True
+      where that is not seen.
     - `loss(params)`: the scalar loss.
     - `cast(params, *, lr)`: `lr` as arrays of the parameters' dtype, checked.
 
@@ -87,6 +97,7 @@ class Dynamics(NamedTuple):
     respond: RespondFn
     fluid: FluidFn
     angle: AngleFn
+    clips: ClipsFn
     loss: Loss
     cast: CastFn
 
@@ -146,6 +157,8 @@ def dynamics(
             f"learning rate to one, such as optax.adam; got {type(optimizer).__name__}"
         )
 
+    value_and_grad = for_loops(jax.value_and_grad(loss))
+
     def cast(params: PyTree, *, lr: PyTree = None) -> PyTree:
         if takes_lr and lr is None:
             raise ValueError(
@@ -181,12 +194,14 @@ def dynamics(
         return updates, jax.tree.map(like, new, merge(state)[1])
 
     def update(state: State, *, lr: PyTree = None) -> State:
-        updates, new = step(state, *jax.value_and_grad(loss)(state.params), lr)
+        value, grad = value_and_grad(state.params)
+        updates, new = step(state, value, grad, lr)
         return split_like((optax.apply_updates(state.params, updates), new), state)
 
     def increment(state: State, *, lr: PyTree = None) -> State:
         state = in_floats(state)
-        updates, new = step(state, *jax.value_and_grad(loss)(state.params), lr)
+        value, grad = value_and_grad(state.params)
+        updates, new = step(state, value, grad, lr)
         updates = optax.tree.cast_like(updates, state.params)
         return split_like((updates, optax.tree.sub(new, merge(state)[1])), state)
 
@@ -209,7 +224,10 @@ def dynamics(
     def angle(params: PyTree, *, lr: PyTree = None) -> float | None:
         return angle_of(factory, params, lr, kind)
 
-    return Dynamics(init, update, increment, respond, fluid, angle, loss, cast)
+    def clips(params: PyTree, *, lr: PyTree = None) -> bool:
+        return clips_of(factory, params, lr, kind)
+
+    return Dynamics(init, update, increment, respond, fluid, angle, clips, loss, cast)
 
 
 def _float_dtype(params: PyTree) -> jnp.dtype:

@@ -11,6 +11,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import PyTree
 
 from rodjax.optimizer._same import Same
+from rodjax.optimizer._state import LATE, State
 from rodjax.optimizer._trial import Trial, update_with
 
 OptimizerFactory = Callable[[Any], optax.GradientTransformation]
@@ -94,6 +95,21 @@ def trial_of(factory: OptimizerFactory, params: Shapes, lr: Shapes) -> Trial:
     if _alike(trial.start, whole):
         return trial
     return Trial(factory(rates), _filled(full, 0.0))
+
+
+def settled_trial(
+    factory: OptimizerFactory, params: Shapes, lr: Shapes, split: Split, slow: float
+) -> tuple[Trial, State]:
+    """A trial and its state, with these second moments and counters far on."""
+    trial = trial_of(factory, params, lr)
+    leaves, structure = jax.tree.flatten(trial.start)
+    pairs = list(zip(leaves, split.parts, strict=True))
+    only = lambda part: [x if p == part else None for x, p in pairs]
+    state = State(*(jax.tree.unflatten(structure, only(part)) for part in PARTS))
+    return trial, state._replace(
+        slow=optax.tree.full_like(state.slow, slow),
+        clock=optax.tree.full_like(state.clock, LATE),
+    )
 
 
 def _fraction(

@@ -58,7 +58,7 @@ def coordinate_edges(
     rest = at_rest(dynamics, state, lr=lr)
     linear = linear_of(rest)
     edges = edges_of(linear)
-    if grad is None:
+    if grad is None or not dynamics.clips(state.params, lr=lr):
         return edges
     share = let_through(dynamics, rest, linear, grad, lr=lr)
     return edges._replace(curvature=over_share(edges.curvature, share))

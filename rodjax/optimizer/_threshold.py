@@ -21,6 +21,11 @@ SETTLED = 10_000
 RESIDUE = 1e-2
 # Of the update that other coordinates may have a part in.
 APART = 1e-3
+NOT_APART = (
+    "the coordinates of this optimizer have no thresholds of their own: its update has "
+    "no derivative at zero gradient, or mixes coordinates, as trust ratios, "
+    "orthogonalized updates and averaged parameters do"
+)
 
 
 def threshold(
@@ -110,11 +115,7 @@ def first_edge(
     if isinstance(mixed, Tracer):
         return jax.tree.map(lambda x: jnp.where(separate, x, jnp.nan), edge)
     if not separate:
-        raise ValueError(
-            "the coordinates of this optimizer have no thresholds of their own: its "
-            "update has no derivative at zero gradient, or mixes coordinates, as trust "
-            "ratios, orthogonalized updates and averaged parameters do"
-        )
+        raise ValueError(NOT_APART)
     return edge
 
 
@@ -128,7 +129,7 @@ def _first_edge(
     rest = at_rest(dynamics, state, lr=lr)
     linear = linear_of(rest)
     curvature, angle = edges_of(linear)
-    if step is not None:
+    if step is not None and dynamics.clips(params, lr=lr):
         grad = jax.grad(dynamics.loss)(params)
         curvature = over_share(
             curvature, let_through(dynamics, rest, linear, grad, lr=lr)

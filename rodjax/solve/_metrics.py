@@ -16,7 +16,7 @@ from rodjax.curvature import (
     starting_directions,
 )
 from rodjax.flows import principal_coefficient
-from rodjax.optimizer import Dynamics, Loss, has_momentum, learning_rate
+from rodjax.optimizer import Dynamics, Loss, for_loops, has_momentum, learning_rate
 from rodjax.solve._trajectory import Metric, Snapshot
 
 #: Name -> long name of what is recorded along every trajectory.
@@ -203,7 +203,7 @@ def stability_coefficients(
         params = snapshot.centre.params
         pairs = hessian_eigenpairs(dynamics.loss, params, k, guess=guess, tol=tol)
         rate = learning_rate(dynamics, snapshot.centre, lr=lr)
-        slope = jax.grad(dynamics.loss)(params)
+        slope = for_loops(jax.grad(dynamics.loss))(params)
         along = jnp.abs(jax.vmap(lambda u: optax.tree.vdot(u, slope))(pairs.vectors))
         least = float(jnp.finfo(along.dtype).tiny)
         factors = jnp.real(principal_coefficient(rate * pairs.values, least))
@@ -221,7 +221,9 @@ def stability_coefficients(
 
 def _shown(dynamics: Dynamics, snapshot: Snapshot) -> PyTree:
     """The gradient that the optimizer is shown: not at the centre, but at an end."""
-    return jax.grad(dynamics.loss)(jax.tree.map(lambda x: x[0], snapshot.ends))
+    return for_loops(jax.grad(dynamics.loss))(
+        jax.tree.map(lambda x: x[0], snapshot.ends)
+    )
 
 
 def _guess(residual: Float[Array, ""], vectors: PyTree, last: PyTree) -> PyTree:

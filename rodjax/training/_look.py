@@ -18,7 +18,7 @@ from rodjax.training._probe import (
 )
 from rodjax.training._quantities import QUANTITIES, TRACKED
 from rodjax.training._status import CLEAR, NEAR, Course, Look, next_status, with_loss
-from rodjax.training._step import Lengths, Values, turned
+from rodjax.training._step import Values, lengths, turned
 from rodjax.training._trees import along, over
 
 
@@ -55,13 +55,13 @@ def probe(
     given: Given,
     steps: PyTree,
     inner: PyTree,
-    size: Lengths,
     step: Array,
+    dtype: jnp.dtype,
     kept: Kept,
 ) -> Kept:
     """`kept` after a look at the curvature where the step `steps` began."""
     values, directions = dict(kept.values), dict(kept.directions)
-    dtype, names, grad = size.square.dtype, plan.names, given.grad
+    names, grad, size = plan.names, given.grad, lengths(given, steps, dtype)
     batch = None if given.batch is None else Curved(given.batch, given.params)
     whole = batch if given.probe is None else Curved(given.probe, given.params)
     found: dict[str, Tracked] = {}
@@ -123,10 +123,13 @@ def _look(values: Values, found: dict[str, Tracked], dtype: jnp.dtype) -> Look:
     if "sharpness_ratio" in found:
         there, ratio, _ = found["sharpness_ratio"].numbers
         there, early = there > 0, found["sharpness_ratio"].early
-    edge = no
+    edge, lost = no, no
+    if "realized_edge" in values:
+        known, zeta = values["realized_edge"][:2]
+        lost = (known > 0) & (zeta > 1)
     if "oscillation" in values and "realized_edge" in values:
         known, zeta = values["realized_edge"][:2]
         read = QUANTITIES["oscillation"].read(values["oscillation"], jnp)
         clear = read[""] > CLEAR * read["_floor"]
         edge = (known > 0) & (jnp.abs(zeta - 1) < NEAR) & clear
-    return Look(ratio, there, early, edge)
+    return Look(ratio, there, early, edge, lost)

@@ -10,7 +10,14 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from rodjax.curvature import random_direction
 from rodjax.linalg import Eigenpair, refined_eigenpair, unit
-from rodjax.optimizer import Dynamics, Loss, State, coordinate_thresholds, dynamics
+from rodjax.optimizer import (
+    Dynamics,
+    Loss,
+    State,
+    coordinate_thresholds,
+    dynamics,
+    for_loops,
+)
 from rodjax.training._quantities import BATCHES
 from rodjax.training._trees import along, like, over, wide
 
@@ -29,7 +36,7 @@ class Curved:
     @cached_property
     def linear(self) -> Any:
         """Its value and gradient, and how they change; first asked for in no loop."""
-        return jax.linearize(jax.value_and_grad(self.loss), self.params)
+        return jax.linearize(for_loops(jax.value_and_grad(self.loss)), self.params)
 
     @property
     def value(self) -> Array:

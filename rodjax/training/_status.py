@@ -76,12 +76,14 @@ class Look(NamedTuple):
     - `ratio`: sharpness over threshold, if `there`.
     - `early`: whether there is no second moment yet.
     - `edge`: whether the realized edge is near one while the updates alternate.
+    - `lost`: whether the step that was looked at raises the loss it was taken for.
     """
 
     ratio: Float[Array, ""]
     there: Bool[Array, ""]
     early: Bool[Array, ""]
     edge: Bool[Array, ""]
+    lost: Bool[Array, ""]
 
 
 def next_status(
@@ -89,8 +91,9 @@ def next_status(
 ) -> tuple[Int[Array, ""], Course]:
     """The status after a probe, and the course for the next.
 
-    Unstable is a ratio above the edge while the loss rises by more than its scatter
-    tells, and stays so until the ratio is back or the loss falls.
+    Unstable is a ratio above the edge while the step raises its own loss, or the loss
+    rises by more than its scatter tells; it stays so until the ratio is back or the
+    loss falls.
     """
     error = course.spread / jnp.maximum(course.losses - 1, 1)
     error = error / jnp.maximum(course.losses, 1)
@@ -101,7 +104,7 @@ def next_status(
     rises, falls = both & (change > sure), both & (change < -sure)
 
     is_unstable = status == UNSTABLE
-    high = look.there & (look.ratio > ABOVE) & rises
+    high = look.there & (look.ratio > ABOVE) & (rises | look.lost)
     still = look.there & is_unstable & (look.ratio > STILL_ABOVE) & ~falls
     unstable = high | still | course.lost
     least = jnp.where(status >= AT_EDGE, STILL_EDGE, EDGE)

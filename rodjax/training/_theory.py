@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from rodjax.optimizer import (
+    NOT_APART,
     Dynamics,
     Same,
     dynamics,
@@ -45,17 +47,25 @@ def _reason(
 ) -> str | None:
     squares = lambda w: [jnp.sum(x * x) for x in jax.tree.leaves(w)]
     loss = lambda w: jnp.sum(jnp.stack(squares(w)))
-    full = lambda value: structure.unflatten([jnp.full(s, value, d) for s, d in shapes])
-    # On numbers, since what is traced cannot be looked into.
-    with jax.ensure_compile_time_eval(), jax.debug_nans(False):
-        of = dynamics(same.thing, loss)
+    of = dynamics(same.thing, loss)
+
+    def look(params: PyTree) -> tuple[list[Array], Array]:
+        # A schedule may be zero at its end, or at its beginning.
+        edges = [first_edge(of, params, step=step) for step in (None, 1)]
+        still = optax.tree.zeros_like(params)
+        return [edge.curvature for edge in edges], _is_linear(of, still)
+
+    full = structure.unflatten([np.full(s, 0.1, d) for s, d in shapes])
+    with jax.debug_nans(False):
         try:
-            # A schedule may be zero at its end, or at its beginning.
-            edges = [first_edge(of, full(0.1), step=step) for step in (None, 1)]
-            linear = _is_linear(of, full(0.0))
+            # Compiled and called by itself: on numbers, since what is traced cannot be
+            # looked into, though `init` may be.
+            found, linear = jax.jit(look).lower(full).compile()(full)
         except ValueError as error:
             return str(error).strip().splitlines()[0]
-    if not any(math.isfinite(edge.curvature) for edge in edges):
+    if any(math.isnan(curvature) for curvature in found):
+        return NOT_APART
+    if not any(math.isfinite(curvature) for curvature in found):
         return "no curvature makes its steps unstable, as where a rate is zero"
     if not linear:
         return (
@@ -65,12 +75,11 @@ def _reason(
     return None
 
 
-def _is_linear(of: Dynamics, params: PyTree) -> bool:
+def _is_linear(of: Dynamics, params: PyTree) -> Array:
     """Whether twice a small gradient moves it twice as far, second moments frozen."""
     state = unit_preconditioner(of, of.init(params))
     draw = optax.tree.random_like(jax.random.key(0), params)
 
-    @jax.jit
     def moved(by: ArrayLike) -> PyTree:
         return of.respond(state, optax.tree.scale(by * SMALL, draw)).params
 
@@ -79,4 +88,4 @@ def _is_linear(of: Dynamics, params: PyTree) -> bool:
         jax.tree.map(lambda x, y, z: jnp.abs(z - 2 * y + x), none, one, two)
     )
     far = optax.tree.max(jax.tree.map(lambda x, y: jnp.abs(y - x), none, two))
-    return bool(jnp.asarray(bend) <= BENT * jnp.asarray(far))
+    return jnp.asarray(bend) <= BENT * jnp.asarray(far)

@@ -62,7 +62,8 @@ def watch(
     by: Callable[[tuple[Any, ...]], str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Any optimizer, watched: `report` tells where its run stands. Its updates and its
-    state are bit for bit those that it has without.
+    state are those that it has without, bit for bit where the compiler rounds alike: it
+    may join a sum and a product in one program that it does not join in another.
 
     Pure: works under `jax.jit`, `scan` and `vmap`, with sharded parameters, and calls
     nothing on the host. With s the step, g the gradient, $L_B$ and $H_B$ the loss of
@@ -104,8 +105,7 @@ def watch(
     - `optimizer`: any Optax optimizer. Put chains inside, so that the gradients that
       arrive are the loss's and the updates that leave are the steps.
     - `every`: n, in steps. A probe is a turn of `jax.lax.while_loop` that other steps
-      do not take, nor do lanes of `jax.vmap` that are all at such a step. On CPUs XLA
-      runs convolutions there some 30 times slower than outside of loops and branches.
+      do not take, nor do lanes of `jax.vmap` that are all at such a step.
     - `quantities`: names to watch; `None` for the default.
     - `products`: with the Hessian for each largest eigenvalue at a probe, from the
       vector of the last on (`rodjax.linalg.refined_eigenpair`); about 20 the first
@@ -217,34 +217,44 @@ def watch(
         plan = Plan(
             optimizer, there, products, full_batch, groups_of(params, by), counts
         )
-        taken = taken_by(optimizer, extra)
-        steps, inner = optimizer.update(updates, state.inner, params, **taken)
-
         # Whoever differentiates a step, by its learning rate say, differentiates that.
         still = lambda tree: jax.tree.map(jax.lax.stop_gradient, tree)
-        *before, seen, state = still((*given[:3], steps, state))
-        params, grad, value = before
+        params, grad, value, slopes, before = still((*given[:3], updates, state))
         given = Given(params, grad, value, given.batch, given.probe)
-        dtype, step = state.course.mean.dtype, state.step
-        values, course = dict(state.values), state.course
+        dtype, step = before.course.mean.dtype, before.step
+        course = before.course
+        if counts:
+            course = with_loss(course, jnp.asarray(given.value))
+        kept = Kept(
+            before.values, before.directions, course, before.status, before.probed_at
+        )
+        taken = taken_by(optimizer, extra)
+
+        def look(turn: tuple[Array, Kept]) -> tuple[Array, Kept]:
+            # Through `turn`, so that nothing of it is computed where there is no turn,
+            # nor shared with the step itself, which would then be rounded otherwise.
+            at = given._replace(params=only(turn[0], given.params))
+            at = at._replace(grad=only(turn[0], given.grad))
+            own, inner = only(turn[0], (slopes, before.inner))
+            took, _ = optimizer.update(own, inner, at.params, **taken)
+            found = probe(plan, at, took, inner, step, dtype, turn[1])
+            return jnp.zeros((), bool), found
+
+        # A loop of one turn or none: unlike a branch it copies nothing where it does
+        # nothing, and lanes of `jax.vmap` that skip it together do skip it. The step
+        # comes after it, and is taken once more in it, so that nothing of the old
+        # parameters, moments and gradient has to be kept for it.
+        _, kept = jax.lax.while_loop(
+            lambda turn: turn[0], look, (step % every == 0, kept)
+        )
+        after = only(kept.probed_at >= -1, updates)
+        steps, inner = optimizer.update(after, state.inner, params, **taken)
+        seen = still(steps)
         size = lengths(given, seen, dtype)
+        values, directions = dict(kept.values), dict(kept.directions)
         if "realized_edge" in there and full_batch:
             value = jnp.asarray(given.value)
             values["realized_edge"] = last_edge(values["realized_edge"], value, size)
-        if counts:
-            course = with_loss(course, jnp.asarray(given.value))
-        kept = Kept(values, state.directions, course, state.status, state.probed_at)
-        # A loop of one turn or none: unlike a branch it copies nothing where it does
-        # nothing, and lanes of `jax.vmap` that skip it together do skip it.
-        _, kept = jax.lax.while_loop(
-            lambda turn: turn[0],
-            lambda turn: (
-                jnp.zeros((), bool),
-                probe(plan, given, seen, state.inner, size, step, turn[1]),
-            ),
-            (step % every == 0, kept),
-        )
-        values, directions = dict(kept.values), dict(kept.directions)
         if "update_ratio" in there:
             values["update_ratio"] = update_ratio(given, size)
         if "oscillation" in there:
@@ -269,3 +279,11 @@ def watch(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def only(there: Array, tree: PyTree) -> PyTree:
+    """`tree`, as what is known only once `there`, which is always true, is known."""
+
+    key = lambda x: jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+    none = lambda x: x if key(x) else jnp.where(there, x, jnp.zeros_like(x))
+    return jax.tree.map(none, tree)

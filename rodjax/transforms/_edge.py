@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.curvature import hvp
+from rodjax.optimizer import for_loops
 from rodjax.transforms._extra import check_numbers, joint_scalar, loss_of_params, times
 
 
@@ -113,7 +114,7 @@ def edge_gradient_descent(
         del updates
         loss = loss_of_params("edge_gradient_descent", value_fn, params, extra_args)
         count, direction, radius = state
-        dtype, grad = radius.dtype, jax.grad(loss)
+        dtype, grad = radius.dtype, for_loops(jax.grad(loss))
         rate = learning_rate(count) if callable(learning_rate) else learning_rate
         rate = jnp.asarray(rate, dtype)
 
