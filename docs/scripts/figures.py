@@ -1,9 +1,10 @@
-"""Draws the figures of the documentation, all of them in a minute.
+"""Draws the figures of the documentation, all of them in a few minutes.
 
     python docs/scripts/figures.py
 
 Small problems with a few parameters: Berthier's valley, whose sharpness is its
-parameter y (up to x^2); quadratics and a curved valley for flows of small steps.
+parameter y (up to x^2); quadratics and a curved valley for flows of small steps; and
+the reference problem, the digits MLP, for the limit of predictability.
 """
 
 from functools import partial
@@ -23,6 +24,7 @@ OUT = Path(__file__).parents[1] / "figures"
 LR = 0.3
 STEPS = 1000
 BANANA_LR, BANANA_STEPS = 0.1, 40
+DIGITS_LR, DIGITS_STEPS = 0.6, 640
 RUN, NAIVE, FLOW = "0.6", "tab:blue", "tab:red"
 STYLE = {
     "axes.spines.top": False,
@@ -182,6 +184,27 @@ def principal() -> None:
     save(figure, "principal")
 
 
+def predictability() -> None:
+    """Distances of two flows and of the run from itself, in both precisions."""
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), sharey=True)
+    for ax, dtype in zip(axes, ("float32", "float64"), strict=True):
+        problem = rj.problems.digits_mlp(dtype=dtype)
+        dynamics = rj.dynamics(optax.sgd, problem.loss)
+        start = rj.warm_up(dynamics, problem.params, 20, lr=DIGITS_LR)
+        options = {"steps": DIGITS_STEPS, "lr": DIGITS_LR, "every": 2}
+        run = rj.descend(dynamics, start, **options)
+        for build, colour in ((rj.flows.stable, NAIVE), (rj.flows.modulated, FLOW)):
+            path = rj.integrate(build(dynamics), start, **options)
+            distance = rj.compare(run, path).distance
+            ax.semilogy(run.steps, distance, color=colour, lw=1, label=build.__name__)
+        limit = rj.predictability(dynamics, start, **options)
+        ax.semilogy(run.steps, limit.distance, color="black", lw=1, label="limit")
+        ax.set(title=dtype, xlabel="optimizer steps")
+    axes[0].set(ylabel="distance from the run", ylim=(1e-8, 2))
+    axes[0].legend(fontsize=7)
+    save(figure, "predictability")
+
+
 def main() -> None:
     """Draws all."""
     jax.config.update("jax_enable_x64", True)
@@ -191,6 +214,7 @@ def main() -> None:
     at_the_edge()
     small_steps()
     principal()
+    predictability()
 
 
 if __name__ == "__main__":
