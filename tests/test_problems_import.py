@@ -8,7 +8,7 @@ import pytest
 
 import rodjax as rj
 
-HEAVY = {"flax", "chex", "xarray", "matplotlib", "orbax"}
+HEAVY = {"flax", "chex", "xarray", "matplotlib", "orbax", "plotly"}
 NETWORKS = {"cnn", "digits_mlp", "mlp", "sequences", "sorting", "supervised", "vit"}
 LOOK = f"""
 import json, sys

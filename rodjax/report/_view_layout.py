@@ -126,6 +126,9 @@ def sliders(
                 {"label": label, "method": "skip"} for label in _labels(data, dim)
             ],
             "currentvalue": {"prefix": f"{dim} ", "font": {"size": 14}},
+            # Room for long labels at the ends.
+            "x": 0.05,
+            "len": 0.9,
             "y": -(BOTTOM + SLIDER * row) / inner,
             "yanchor": "top",
             "pad": {"t": 0, "b": 0},
