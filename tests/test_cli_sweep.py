@@ -32,7 +32,7 @@ GRID = [
     *FAST, "--problem", "quadratic", "--optimizer", "heavy-ball", "--flows",
     "stable,edge", "--lr", "0.2,0.1,1e60", "--axis", "momentum=0.5:0.9:3",
     "--axis", "floor=1e-3,1e-2", "--zip", "lr,momentum", "--seeds", 2,
-    "--time-chunk", 4,
+    "--time-chunk", 4, "--limit",
 ]  # fmt: skip
 
 
@@ -66,9 +66,9 @@ def test_table_and_progress(first):
     assert lines[0] == "sweep: compiling" and len(lines) == 3
     assert lines[-1].startswith("sweep: 100% 8 alive, 4 diverged, ")
     rows = [line.split() for line in said.stdout.splitlines()]
-    assert rows[1] == ["run", "stable", "edge"]
+    assert rows[1] == ["run", "stable", "edge", "limit"]
     assert [row[0] for row in rows[3:6]] == ["0.1", "0.2", "1e+60"]
-    assert rows[5][1:] == ["4", "of", "4", "-", "-", "-", "-", "-"]
+    assert rows[5][1:] == ["4", "of", "4", *["-"] * 6]
     assert said.stdout.splitlines()[-2].startswith(f"written to {out}: ")
     assert said.stdout.splitlines()[-1] == f"in a browser: rodjax view {out}/result.nc"
 
@@ -83,9 +83,11 @@ def test_files_and_schema(first):
     assert summary["grid"]["lr"] == [0.2, 0.1, 1e60] and summary["lanes"] == 12
     assert summary["dimensions"] == {"lr": 3, "floor": 2, "seed": 2}
     assert summary["run"]["diverged"] == 4
-    for name in ("stable", "edge"):
+    assert list(summary["flows"]) == ["stable", "edge"]
+    models = summary["flows"] | {"limit": summary["limit"]}
+    for name, model in models.items():
         alive = data.final_distance.sel(flow=name).isel(lr=[0, 1])
-        found = summary["flows"][name]["final_distance"]
+        found = model["final_distance"]
         assert found == pytest.approx(float(alive.median()))
     assert data.attrs["warmup"] == 2 and data.attrs["dtype"] == "float64"
     assert data.attrs["rank"] == "each flow's own"
@@ -94,7 +96,7 @@ def test_files_and_schema(first):
 
 def test_axes_zip_and_seeds_reach_the_data(first):
     _, _, data = first
-    assert dict(data.diverged_at.sizes) == {"flow": 3, "lr": 3, "floor": 2, "seed": 2}
+    assert dict(data.diverged_at.sizes) == {"flow": 4, "lr": 3, "floor": 2, "seed": 2}
     assert data.momentum.dims == ("lr",)
     np.testing.assert_allclose(data.momentum, [0.5, 0.7, 0.9])
     assert data.seed.values.tolist() == [0, 1]

@@ -23,6 +23,7 @@ from rodjax.optimizer import warm_up
 from rodjax.problems import Problem
 from rodjax.report import dataset, plot
 from rodjax.solve import (
+    NUDGED,
     Trajectory,
     compare,
     descend,
@@ -47,8 +48,7 @@ COLUMNS = {
     "update_evaluations": "evaluations",
     "seconds": "seconds",
 }
-#: The run beside itself, nudged by a rounding error, among the flows of the table.
-LIMIT = "limit"
+# Of the run beside itself, nudged by a rounding error.
 OF_LIMIT = ("final_distance", "mean_distance", "update_evaluations", "seconds")
 
 
@@ -134,19 +134,19 @@ def run(
                 **_own(chosen, reference),
                 "diverged_at": number(reference.diverged_at),
             },
-            LIMIT: {},
+            NUDGED: {},
             "flows": {},
         }
         # Written as it is done, so that a killed run loses only the flow it is in.
         _write(out, summary, reference, paths, attributes)
         began = time.perf_counter()
-        bar.begin(LIMIT, steps)
+        bar.begin(NUDGED, steps)
         of_run = {"lr": lr, "every": every, "origin": chosen.params}
         limit = predictability(dynamics, window, steps, **of_run)
         row = limit.summary() | {"seconds": time.perf_counter() - began}
         keys = (*OF_LIMIT, "diverged_at")
-        summary[LIMIT] = {key: number(row[key]) for key in keys}
-        bar.move(steps, f"final distance {cell(summary[LIMIT]['final_distance'])}")
+        summary[NUDGED] = {key: number(row[key]) for key in keys}
+        bar.move(steps, f"final distance {cell(summary[NUDGED]['final_distance'])}")
         for name, model in models.items():
             began = time.perf_counter()
             bar.begin(name, steps)
@@ -224,7 +224,7 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     )
     print(f"run: {_cells(summary['run'])}")
     width = max(map(len, COLUMNS.values()))
-    columns = {LIMIT: summary[LIMIT]} | summary["flows"]
+    columns = {NUDGED: summary[NUDGED]} | summary["flows"]
     names = list(columns)
     print(" " * width + "".join(f"{name:>14}" for name in names))
     more = [key for key in summary["run"] if key not in (*COLUMNS, "diverged_at")]
