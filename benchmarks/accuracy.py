@@ -89,9 +89,10 @@ def main() -> None:
         "mnist1d": problems.mnist1d,
         "cifar10": partial(problems.cifar10, options.cifar10),
     }
+    networks = dict.fromkeys(name.partition("-")[0] for name in windows)
     settings: dict[str, Any] = {
         "data": data,
-        "n": SAMPLES if options.n is None else dict.fromkeys(SAMPLES, options.n),
+        "n": {name: options.n or SAMPLES[name] for name in networks},
         "dtype": "float64" if options.float64 else "float32",
     }
     options.out.mkdir(parents=True, exist_ok=True)
