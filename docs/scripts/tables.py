@@ -116,7 +116,7 @@ def accuracy_of(found: dict[str, Any]) -> str:
         network, _, optimizer = name.partition("-")
         first = measured(row)[0]
         shares = [one["share at threshold"] for one in measured(row)]
-        line = [f"{network}, {optimizer}", f"{first['lr']:g}"]
+        line = [f"{network}, {optimizer}", f"{first['lr']:.3g}"]
         line.append(f"{statistics.median(shares):.0%}")
         for model in models:
             pair = relative(row, model) if has(row, model) else []
@@ -137,14 +137,42 @@ def accuracy_of(found: dict[str, Any]) -> str:
     return f"{said}\n\n{rows(titles, lines)}"
 
 
+def over_limit() -> str:
+    """The modulated flow's distance over the limit: a table a file."""
+    lines = []
+    for file in sorted(RESULTS.rglob("accuracy*.json")):
+        found = json.loads(file.read_text())
+        for name, row in found["rows"].items():
+            own = row.get("over limit", {}).get("modulated")
+            if own is None:
+                continue
+            network, _, optimizer = name.partition("-")
+            line = [f"{found['data']}, {found['dtype']}", f"{network}, {optimizer}"]
+            for part in ("final", "mean"):
+                numbers = (own[part][key] for key in ("median", "least", "largest"))
+                middle, least, most = map(two_digits, numbers)
+                spread = "" if least == most else f" ({least} to {most})"
+                line.append(middle + spread)
+            lines.append([*line, str(len(measured(row)))])
+    return rows(
+        ["data", "network, optimizer", "at the end", "on average", "seeds"], lines
+    )
+
+
+def two_digits(number: float) -> str:
+    """Two significant digits, or the whole number."""
+    return f"{number:.0f}" if number > 99 else f"{number:.2g}"
+
+
 def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that were measured."""
     return list(found["rows"].values())
 
 
 def measured(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was measured for a row: once for every seed."""
-    return list(row["seeds"].values()) if "seeds" in row else [row]
+    """What was measured for a row: once for every seed whose run did not diverge."""
+    seeds = list(row["seeds"].values()) if "seeds" in row else [row]
+    return [one for one in seeds if one.get("diverged at") is None]
 
 
 def model_of(one: dict[str, Any], model: str) -> dict[str, Any] | None:
@@ -234,7 +262,7 @@ def _device(found: dict[str, Any]) -> str:
 
 
 #: Tables that know what they are made of.
-WHOLE = {"flows": flows, "accuracy": accuracy}
+WHOLE = {"flows": flows, "accuracy": accuracy, "accuracy-over-limit": over_limit}
 #: Name -> the file, and what makes a table of it.
 TABLES = {
     "reference": ("reference.json", reference),
