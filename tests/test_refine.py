@@ -124,7 +124,7 @@ def test_sharpness_by_products_approaches_sharpness():
 
 
 def test_another_batch_costs_no_compilation():
-    # Twice each, without a guess and with one: whether it has convolutions is looked at.
+    # Twice each, without a guess and with one: it is looked for convolutions.
     loss: Any = chex.assert_max_traces(n=4)(network)
 
     params = parameters()
