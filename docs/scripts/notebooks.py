@@ -17,6 +17,8 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "notebooks"
 CACHE = ROOT / ".cache" / "notebooks"
+#: What mkdocs was asked for.
+ASKED = {"command": "build"}
 COLAB = "https://colab.research.google.com/github/rodjax/rodjax/blob/main/notebooks/"
 
 
@@ -42,6 +44,11 @@ def execute(notebook: Path) -> Path:
     return out
 
 
+def on_startup(*, command, dirty):
+    """Remembers what mkdocs was asked for."""
+    ASKED["command"] = command
+
+
 def on_files(files, *, config):
     """A page for every notebook, its figures, and the page that lists them."""
     from mkdocs.structure.files import File
@@ -55,8 +62,7 @@ def on_files(files, *, config):
         "",
     ]
     for notebook in sorted(FOLDER.glob("*.ipynb")):
-        found = kept(notebook)
-        text, figures = rendered(found if found.exists() else execute(notebook))
+        text, figures = rendered(executed(notebook))
         badge = f"[Open in Colab]({COLAB}{notebook.name}){{ .md-button }}"
         title, _, rest = text.partition("\n")
         page = f"{title}\n\n{badge}\n{rest}"
@@ -70,10 +76,21 @@ def on_files(files, *, config):
     return files
 
 
-def rendered(executed: Path) -> tuple[str, dict[str, bytes]]:
+def executed(notebook: Path) -> Path:
+    """The notebook with its outputs, executed where it must be."""
+    found = kept(notebook)
+    if found.exists():
+        return found
+    # While one writes, what was executed last will do.
+    serving = ASKED["command"] == "serve"
+    older = sorted(CACHE.glob(f"{notebook.stem}-*.ipynb")) if serving else []
+    return older[-1] if older else execute(notebook)
+
+
+def rendered(file: Path) -> tuple[str, dict[str, bytes]]:
     """The Markdown of an executed notebook, and its figures by name."""
-    notebook = nbformat.read(executed, as_version=4)
-    stem = executed.stem.rpartition("-")[0]
+    notebook = nbformat.read(file, as_version=4)
+    stem = file.stem.rpartition("-")[0]
     parts: list[str] = []
     figures: dict[str, bytes] = {}
     for cell in notebook.cells:
