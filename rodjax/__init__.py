@@ -1,7 +1,7 @@
 """Continuous-time models of gradient descent, momentum and Adam at the edge of
 stability: flows of any Optax optimizer, solved with diffrax."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from rodjax import (
     curvature,
@@ -120,4 +120,8 @@ __all__ = [
     "warm_up",
 ]
 
-__version__ = version("rodjax")
+try:
+    __version__ = version("rodjax")
+except PackageNotFoundError:
+    # A checkout that is on the path and not installed.
+    __version__ = "unknown"

@@ -167,3 +167,34 @@ def test_what_may_clip_is_seen_in_a_few_steps(name):
     said = []
     jax.jit(lambda w: said.append(system.clips(w)))(params)
     assert said == [clips]
+
+
+NO_EDGE = {
+    "lion": (optax.lion(0.1), "not linear in the gradient"),
+    "sign": (optax.sign_sgd(0.1), "not linear in the gradient"),
+    "muon": (optax.contrib.muon(0.1), "not linear in the gradient"),
+    "prodigy": (optax.contrib.prodigy(), "not linear in the gradient"),
+    "in turn": (optax.MultiSteps(optax.sgd(0.1), 3), "only every 3 steps"),
+    "polyak": (optax.polyak_sgd(), "value of the loss"),
+}
+
+
+@pytest.mark.parametrize("name", NO_EDGE)
+def test_where_there_is_no_threshold_it_is_said_why(name):
+    optimizer, reason = NO_EDGE[name]
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
+    params = {"a": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    system = rj.dynamics(optimizer, lambda w: jnp.sum(w["a"] ** 2) + jnp.sum(w["b"]))
+    assert reason in system.no_edge(params)
+
+
+def test_a_ratio_without_a_threshold_warns():
+    system = rj.dynamics(optax.lion(0.1), lambda w: jnp.sum(w**2))
+    with pytest.warns(UserWarning, match="no meaning for this optimizer: its steps"):
+        rj.sharpness_ratio(system, system.init(jnp.ones(2)))
+    metrics = [rj.edge_of_stability(system)]
+    with pytest.warns(UserWarning, match="no meaning for this optimizer: its steps"):
+        rj.descend(system, jnp.ones(2), 2, metrics=metrics)
+    plain = rj.dynamics(optax.sgd(0.1), lambda w: jnp.sum(w**2))
+    assert plain.no_edge(jnp.ones(2)) is None

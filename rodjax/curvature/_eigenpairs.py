@@ -1,5 +1,6 @@
 """The largest eigenvalues of the Hessian, plain and over the stability threshold."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -151,7 +152,10 @@ def sharpness_ratio(
     Before the first step of Adam there is no second moment yet: thresholds are those of
     its epsilon, and the ratio is large by orders of magnitude.
 
-    **Raises** `ValueError` for `products` below 1, or beside `tol`.
+    **Raises** `ValueError` for `products` below 1, or beside `tol`. **Warns**, once,
+    where linear theory has no threshold for the optimizer (steps by the gradient's
+    sign, normalized or orthogonalized ones), and says why; the value has no meaning
+    then.
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
@@ -211,6 +215,13 @@ def _preconditioned(
     dynamics: Dynamics, state: State, *, lr: PyTree, grad: PyTree | None
 ) -> Callable[[PyTree], PyTree]:
     """The product with D^{-1/2} H D^{-1/2} at `state`."""
+    reason = dynamics.no_edge(state.params, lr=lr)
+    if reason is not None:
+        warnings.warn(
+            "a ratio to the stability threshold has no meaning for this optimizer: "
+            f"{reason}",
+            stacklevel=2,
+        )
     slope_of = for_loops(jax.grad(dynamics.loss))
     grad = slope_of(state.params) if grad is None else grad
     edges = coordinate_thresholds(dynamics, state, lr=lr, grad=grad)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import PyTree
 
 from rodjax.optimizer._same import Same
@@ -26,6 +27,13 @@ from rodjax.optimizer._trial import Trial
 TINY = 1e-18
 # Of a step that the slots of each coordinate by itself may leave unexplained.
 APART = 1e-3
+# A gradient that nothing clips, and by how much twice as large a one may move by other
+# than twice as much, relative to that.
+SMALL, BENT = 1e-6, 0.05
+NO_LINE = (
+    "its steps are not linear in the gradient, each coordinate by itself, as where "
+    "they go by its sign, are normalized or orthogonalized"
+)
 # How near the unit circle, and how far from the real axis, a root is looked for.
 NEAR = 1e-3
 
@@ -43,30 +51,66 @@ def angle_of(
     so that its values decide. One number is taken for a learning rate, which scales
     curvature and no more.
     """
-    return _angle(Same((factory, kind)), shapes_of(params), shapes_of(lr))
+    found = _angle(Same((factory, kind)), shapes_of(params), shapes_of(lr))
+    return None if isinstance(found, str) else found
+
+
+def no_edge_of(
+    factory: OptimizerFactory, params: PyTree, lr: PyTree, kind: Kind | None
+) -> str | None:
+    """Why no curvature says when the optimizer is unstable, if that is seen so."""
+    given = Same((factory, kind)), shapes_of(params), shapes_of(lr)
+    found = _angle(*given)
+    if isinstance(found, str):
+        return found
+    return NO_LINE if _bends(*given) else None
 
 
 @functools.lru_cache(maxsize=512)
-def _angle(same: Same, params: Shapes, lr: Shapes) -> float | None:
+def _bends(same: Same, params: Shapes, lr: Shapes) -> bool:
+    """Whether twice a small gradient moves it by other than twice as much."""
+    factory, kind = same.thing
+    split = split_of(factory, tree_of(params), tree_of(lr), kind)
+    if split.refusal:
+        return False
+    with jax.ensure_compile_time_eval(), jax.debug_nans(False):
+        trial, state = settled_trial(factory, params, lr, split, 1.0)
+        (draw,) = trial.gradients(0, 1)
+        moved = [
+            jax.tree.leaves(trial.step(merge(state), optax.tree.scale(size, draw))[0])
+            for size in (0.0, SMALL, 2 * SMALL)
+        ]
+        for leaves in zip(*moved, strict=True):
+            x, y, z = (np.asarray(leaf).astype(np.float64) for leaf in leaves)
+            if np.any(np.abs(z - 2 * y + x) > BENT * np.abs(z - x).max(initial=0.0)):
+                return True
+        return False
+
+
+@functools.lru_cache(maxsize=512)
+def _angle(same: Same, params: Shapes, lr: Shapes) -> float | str | None:
+    """The angle, why there is none, or `None` where neither is seen."""
     factory, kind = same.thing
     split = split_of(factory, tree_of(params), tree_of(lr), kind)
     given = [x.size for x in lr[1]]
-    if split.refusal or split.opaque or given not in ([], [1]):
+    if split.opaque:
+        return f"it {split.opaque}"
+    if split.refusal or given not in ([], [1]):
         return None
     with jax.ensure_compile_time_eval(), jax.debug_nans(False):
         trial, state = settled_trial(factory, params, lr, split, 1.0)
         try:
             slots = slots_of(state)
-        except ValueError:
-            return None
+        except ValueError as error:
+            return str(error)
         if max(map(len, slots)) == 1:
             # Where nothing is remembered the map is a real number.
             return math.pi
         return _first(trial, state, slots)
 
 
-def _first(trial: Trial, state: State, slots: list[list[int]]) -> float | None:
-    """The angle of the coordinate that loses stability first."""
+def _first(trial: Trial, state: State, slots: list[list[int]]) -> float | str | None:
+    """The angle of the coordinate that loses stability first, or why there is none."""
     phase, params = jax.tree.leaves(state.phase), jax.tree.leaves(state.params)
 
     def tiny(tree: PyTree, multiples: Numbers) -> PyTree:
@@ -103,7 +147,7 @@ def _first(trial: Trial, state: State, slots: list[list[int]]) -> float | None:
             continue
         # Linear, and of each coordinate by itself; written so that NaN is neither.
         if not np.all(np.abs(gather(seen) - told) <= APART * np.abs(told).max()):
-            return None
+            return NO_LINE
         n = len(slot)
         found.append(_crossing(free.reshape(-1, n, n)[0], response.reshape(-1, n)[0]))
     curvature, angle = min(found, default=(math.inf, math.pi))

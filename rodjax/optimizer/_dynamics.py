@@ -9,7 +9,7 @@ import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Float, PyTree
 
-from rodjax.optimizer._angle import angle_of
+from rodjax.optimizer._angle import angle_of, no_edge_of
 from rodjax.optimizer._clips import clips_of
 from rodjax.optimizer._convolutions import for_loops
 from rodjax.optimizer._split import PARTS, Kind, OptimizerFactory, split_of
@@ -54,6 +54,12 @@ class AngleFn(Protocol):
     def __call__(self, params: PyTree, *, lr: PyTree = None) -> float | None: ...
 
 
+class NoEdgeFn(Protocol):
+    """`no_edge(params, *, lr) -> str | None`."""
+
+    def __call__(self, params: PyTree, *, lr: PyTree = None) -> str | None: ...
+
+
 class ClipsFn(Protocol):
     """`clips(params, *, lr) -> bool`."""
 
@@ -82,6 +88,8 @@ class Dynamics(NamedTuple):
     - `angle(params, *, lr)`: the angle at which stability is first lost, pi for an
       oscillation of period two, as a number under tracing too; `None` where shapes do
       not tell (no threshold, or an `lr` of several hyperparameters).
+    - `no_edge(params, *, lr)`: why linear theory has no threshold for the optimizer, in
+      words, likewise; `None` where it has one, or shapes do not tell.
     - `clips(params, *, lr)`: whether large gradients may be clipped, likewise; True
       where that is not seen.
     - `loss(params)`: the scalar loss.
@@ -97,6 +105,7 @@ class Dynamics(NamedTuple):
     respond: RespondFn
     fluid: FluidFn
     angle: AngleFn
+    no_edge: NoEdgeFn
     clips: ClipsFn
     loss: Loss
     cast: CastFn
@@ -224,10 +233,24 @@ def dynamics(
     def angle(params: PyTree, *, lr: PyTree = None) -> float | None:
         return angle_of(factory, params, lr, kind)
 
+    def no_edge(params: PyTree, *, lr: PyTree = None) -> str | None:
+        return no_edge_of(factory, params, lr, kind)
+
     def clips(params: PyTree, *, lr: PyTree = None) -> bool:
         return clips_of(factory, params, lr, kind)
 
-    return Dynamics(init, update, increment, respond, fluid, angle, clips, loss, cast)
+    return Dynamics(
+        init,
+        update,
+        increment,
+        respond,
+        fluid,
+        angle,
+        no_edge,
+        clips,
+        loss,
+        cast,
+    )
 
 
 def _float_dtype(params: PyTree) -> jnp.dtype:
