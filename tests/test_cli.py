@@ -52,7 +52,9 @@ def test_table_and_progress(finished):
     assert [line for line in said if "compiling" in line] == [
         f"{name}: compiling" for name in ("gd", "limit", "stable", "central:1")
     ]
-    assert len(said) == 11 and said[-1].startswith("central:1: 100% 8 of 8 steps, loss ")
+    assert len(said) == 11 and said[-1].startswith(
+        "central:1: 100% 8 of 8 steps, loss "
+    )
 
 
 def test_it_says_how_to_view_the_result(finished):
