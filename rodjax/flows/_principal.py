@@ -74,7 +74,7 @@ def principal(dynamics: Dynamics, *, rank: int | None = None) -> Flow:
 
     **Raises** `ValueError` if `rank` is below 1, and from `init` for any optimizer but
     gradient descent and, if exact, for a loss that does not take complex parameters or
-    is not analytic in them.
+    is not analytic in them; and on a TPU, for the exact flow.
 
     ```python
     >>> import jax.numpy as jnp, optax, diffrax, rodjax as rj
@@ -96,6 +96,11 @@ def principal(dynamics: Dynamics, *, rank: int | None = None) -> Flow:
 
 def _exact(dynamics: Dynamics) -> Flow:
     def init(start, *, lr, key) -> PrincipalState:
+        if jax.default_backend() == "tpu":
+            raise ValueError(
+                "principal: the exact flow needs eigenvalues of a nonsymmetric matrix, "
+                "which a TPU lacks: give rank=k, or run it on a CPU or GPU"
+            )
         mean = gradient_descent_start(dynamics, start, "principal", lr=lr)
         check_precision(mean.params, "principal")
         zeros = optax.tree.zeros_like(mean.params)
