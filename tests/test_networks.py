@@ -82,6 +82,23 @@ def test_cnn_matches_numpy():
     np.testing.assert_allclose(jax.jit(problem.loss)(params), expected, rtol=1e-10)
 
 
+def test_cnn_on_signals_matches_numpy():
+    data = images(shape=(8, 2))
+    problem = cnn(data, channels=(3, 4), seed=1)
+    params = jax.tree.map(lambda x: x + 0.1, problem.params)
+    own, x = as_numpy(params), np.asarray(data.inputs)
+    for layer in (own["convolutions"][i] for i in (0, 1)):
+        padded = np.pad(x, ((0, 0), (1, 1), (0, 0)))
+        # A cross-correlation of width 3.
+        near = np.lib.stride_tricks.sliding_window_view(padded, 3, axis=1)
+        mixed = np.einsum("nlcw,wcd->nld", near, layer["kernel"]) + layer["bias"]
+        n, length, channels = mixed.shape
+        x = np.tanh(mixed).reshape(n, length // 2, 2, channels).mean(axis=2)
+    outputs = dense(x.reshape(len(x), -1), own["head"])
+    expected = mean_half_square(outputs, np.asarray(data.targets))
+    np.testing.assert_allclose(jax.jit(problem.loss)(params), expected, rtol=1e-10)
+
+
 def normalize(x, layer):
     x = x - x.mean(axis=-1, keepdims=True)
     scale = np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6)
