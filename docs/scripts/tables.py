@@ -138,25 +138,34 @@ def accuracy_of(found: dict[str, Any]) -> str:
 
 
 def over_limit() -> str:
-    """The modulated flow's distance over the limit: a table a file."""
+    """The modulated flow's distance over the limit, in all files together."""
     lines = []
     for file in sorted(RESULTS.rglob("accuracy*.json")):
         found = json.loads(file.read_text())
+        what, medians = f"{found['data']}, {found['dtype']}", []
         for name, row in found["rows"].items():
             own = row.get("over limit", {}).get("modulated")
             if own is None:
                 continue
             network, _, optimizer = name.partition("-")
-            line = [f"{found['data']}, {found['dtype']}", f"{network}, {optimizer}"]
-            for part in ("final", "mean"):
-                numbers = (own[part][key] for key in ("median", "least", "largest"))
-                middle, least, most = map(two_digits, numbers)
-                spread = "" if least == most else f" ({least} to {most})"
-                line.append(middle + spread)
+            parts = [own["final"], own["mean"]]
+            medians.append([part["median"] for part in parts])
+            line = [what, f"{network}, {optimizer}", *map(spread, parts)]
             lines.append([*line, str(len(measured(row)))])
+        middle = (
+            two_digits(statistics.median(side)) for side in zip(*medians, strict=True)
+        )
+        lines.append([what, "**median**", *middle, ""])
     return rows(
         ["data", "network, optimizer", "at the end", "on average", "seeds"], lines
     )
+
+
+def spread(found: dict[str, float]) -> str:
+    """The median over seeds, and from the least to the largest."""
+    keys = ("median", "least", "largest")
+    middle, least, most = (two_digits(found[key]) for key in keys)
+    return middle if least == most else f"{middle} ({least} to {most})"
 
 
 def two_digits(number: float) -> str:
