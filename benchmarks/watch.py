@@ -61,9 +61,11 @@ class MLP(linen.Module):
 class CNN(linen.Module):
     """Two convolutions 3 x 3, each pooled."""
 
+    channels: tuple[int, ...] = (32, 64)
+
     @linen.compact
     def __call__(self, x):
-        for channels in (32, 64):
+        for channels in self.channels:
             x = jnp.tanh(linen.Conv(channels, (3, 3))(x))
             x = linen.avg_pool(x, (2, 2), strides=(2, 2))
         return linen.Dense(10)(x.reshape(len(x), -1))
