@@ -169,7 +169,9 @@ def spread(found: dict[str, float]) -> str:
 
 
 def two_digits(number: float) -> str:
-    """Two significant digits, or the whole number."""
+    """Two significant digits, the whole number, or its power of ten."""
+    if number > 9999:
+        return f"{number:.0e}"
     return f"{number:.0f}" if number > 99 else f"{number:.2g}"
 
 
