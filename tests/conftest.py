@@ -10,10 +10,8 @@ import jaxlib
 import jaxtyping
 import pytest
 
-# Nearly all of the time goes into compiling programs that run once: as they are, and
-# not cut up for threads.
+# Nearly all of the time goes into compiling programs that run once.
 flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-flags += " --xla_cpu_parallel_codegen_split_count=1"
 if jaxlib.version.__version_info__ < (0, 11):
     # A fourth less to compile; later versions have these emitters only.
     flags += " --xla_cpu_use_fusion_emitters=false"

@@ -119,6 +119,7 @@ def test_long_names_arrive_in_the_data_set(labelled):
         "predicted_loss": "time-averaged loss that the central flow predicts",
         "height": "how high it stands",
         "plain": "plain",
+        "diverged_at": "step by which it had diverged",
     }
     assert np.isnan(data.predicted_loss.sel(flow="run")).all()
     np.testing.assert_array_equal(data.predicted_loss.sel(flow="mine"), 1.0)

@@ -123,6 +123,9 @@ def metrics(
 def edge(dynamics: Dynamics, problem: Problem, lr: PyTree) -> tuple[float, str, bool]:
     """The stability threshold, infinite if there is none; a remark; and if there is."""
     try:
+        reason = dynamics.no_edge(problem.params, lr=lr)
+        if reason is not None:
+            return math.inf, f"no stability threshold: {reason}", False
         first = first_edge(dynamics, problem.params, lr=lr)
     except ValueError as error:
         if "threshold" not in str(error):
