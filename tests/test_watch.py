@@ -146,7 +146,7 @@ EXTRA = {"lbfgs", "backtracking", "plateau"}
 def test_updates_and_state_are_bit_for_bit_those_without(name):
     own = ALL if name in EXTRA else ()
     # The compiler joins sums and products of these differently in every program.
-    with jax.disable_jit(name in ("nesterov", "nadam", "schedule_free")):
+    with jax.disable_jit(name in ("nesterov", "nadam", "schedule_free", "muon")):
         assert_unchanged(plain(OPTIMIZERS[name]()), own, quantities=LIGHT)
 
 

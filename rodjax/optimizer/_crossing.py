@@ -10,6 +10,9 @@ ANGLES, HALVINGS = 128, 40
 # the dtype's epsilon to this power.
 NEAR = 0.42
 
+# Above, and below the line.
+Fraction = tuple[Array, Array]
+
 
 def crossing(
     free: Float[Array, "n n"], response: Float[Array, " n"]
@@ -25,18 +28,21 @@ def crossing(
     least gain at a phase crossing (Lee, Lee, arXiv 2608.18415).
     """
     p, q = _polynomials(free, response)
-    zero = jnp.zeros((), free.dtype)
+    zero, one = jnp.zeros((), free.dtype), jnp.ones((), free.dtype)
     # By itself, for the other angles have no derivative there.
     at = lambda x: sum((-a if k % 2 else a for k, a in enumerate(x)), zero)
     gain, angle = _positive(at(p), at(q)), jnp.asarray(jnp.pi, free.dtype)
     edge = 1 - float(jnp.finfo(free.dtype).eps) ** NEAR
 
-    def first(so_far: tuple[Array, Array], cosine: Array) -> tuple[Array, Array]:
+    def first(so_far: tuple[Array, Array], cosine: Fraction) -> tuple[Array, Array]:
         gain, angle = so_far
-        inside = jnp.abs(cosine) < edge
-        c = jnp.where(inside, cosine, 0)
-        other = jnp.where(inside, _gain(p, q, c), jnp.inf)
-        less = other < gain
+        # Not by the quotient: whether a remainder of rounding is zero may be answered
+        # differently in one program, and one over the other then is any number.
+        top, bottom = cosine
+        inside = jnp.abs(top) < edge * jnp.abs(bottom)
+        c = jnp.where(inside, top / jnp.where(inside, bottom, 1), 0)
+        other = _gain(p, q, c)
+        less = inside & (other < gain)
         return jnp.where(less, other, gain), jnp.where(less, jnp.arccos(c), angle)
 
     if len(q) <= 3:
@@ -45,7 +51,7 @@ def crossing(
             gain, angle = first((gain, angle), cosine)
         return gain, angle
     cosines = _searched(_sines(p, q))
-    step = lambda so_far, cosine: (first(so_far, cosine), None)
+    step = lambda so_far, cosine: (first(so_far, (cosine, one)), None)
     return jax.lax.scan(step, (gain, angle), cosines)[0]
 
 
@@ -79,27 +85,24 @@ def _sines(p: list[Array], q: list[Array]) -> list[Array]:
     return [total(m) - total(-m) for m in range(1, n + 1)]
 
 
-def _angles(s: list[Array]) -> list[Array]:
-    """Cosines where sum_m s_m U_{m-1}(c) vanishes; 1, no angle, for what is none."""
-    safe = lambda x: jnp.where(x == 0, 1, x)
+def _angles(s: list[Array]) -> list[Fraction]:
+    """Cosines where sum_m s_m U_{m-1}(c) vanishes, as fractions."""
     if len(s) == 1:
         return []
     if len(s) == 2:
-        return [jnp.where(s[1] == 0, 1, -0.5 * s[0] / safe(s[1]))]
+        return [(-0.5 * s[0], s[1])]
     # s_1 - s_3 + 2 s_2 c + 4 s_3 c^2, by the root that does not cancel.
     a, b, c = 4 * s[2], s[1], s[0] - s[2]
     square = b * b - a * c
     root = jnp.sqrt(jnp.where(square > 0, square, 0))
     big = -(b + jnp.where(b >= 0, root, -root))
-    real = square >= 0
-    return [
-        jnp.where((a != 0) & real, big / safe(a), 1),
-        jnp.where((big != 0) & real, c / safe(big), 1),
-    ]
+    # No angle, where the roots are not real.
+    real = lambda bottom: jnp.where(square >= 0, bottom, 0)
+    return [(big, real(a)), (c, real(big))]
 
 
 def _searched(s: list[Array]) -> Array:
-    """`_angles` of more than three, on a grid."""
+    """The cosines of more than three, on a grid; 1, no angle, where there is none."""
 
     def value(w):
         sines = jnp.sin(jnp.arange(1, len(s) + 1) * w) / jnp.sin(w)
