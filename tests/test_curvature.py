@@ -226,3 +226,20 @@ def test_spectrum_names_an_impossible_k():
         rj.spectrum(sgd, 0)
     with pytest.raises(ValueError, match="20 parameters; got 21"):
         rj.descend(sgd, tanh_params(), 2, metrics=[rj.spectrum(sgd, 21)])
+
+
+def test_the_ratio_of_adam_is_the_dense_one():
+    scales = jnp.logspace(-3, 1, 40)
+    bent = lambda w: jnp.sum(scales * w**2) + 0.1 * jnp.sum(jnp.cos(w)) ** 2
+    dynamics = rj.dynamics(optax.adam(0.01), bent)
+    state = dynamics.init(jnp.linspace(-1.0, 1.0, 40))
+    for _ in range(3):
+        state = dynamics.update(state)
+    edges = rj.coordinate_thresholds(dynamics, state)
+    hessian = np.asarray(jax.hessian(bent)(state.params))
+    root = 1 / np.sqrt(np.asarray(edges))
+    dense = np.linalg.eigvalsh(root[:, None] * hessian * root[None])[-1]
+    found = rj.sharpness_ratio(dynamics, state, tol=1e-9).value
+    np.testing.assert_allclose(found, dense, rtol=1e-8)
+    few = rj.sharpness_ratio(dynamics, state, products=30).value
+    np.testing.assert_allclose(few, dense, rtol=1e-6)

@@ -268,6 +268,27 @@ def accelerator_accuracy(found: dict[str, Any]) -> str:
     return f"{_device(found)}\n\n{rows(['row', 'final', 'mean'], lines)}"
 
 
+def watching(found: dict[str, Any]) -> str:
+    """What a watched step takes beyond a plain one, by model."""
+    models = [name for name in found if name != "device"]
+    ways = [way for way in found[models[0]]["ways"] if way != "not watched"]
+
+    def cell(way: str, model: str) -> str:
+        return f"{100 * found[model]['ways'][way]['over plain']:.0f} %"
+
+    lines = [[way, *(cell(way, model) for model in models)] for way in ways]
+    titles = ["", *(f"{m}, {found[m]['parameters']:,} parameters" for m in models)]
+    return rows(titles, lines)
+
+
+def convolutions(found: dict[str, Any]) -> str:
+    """Milliseconds of a convolution's derivatives in a loop."""
+    kinds = [name for name in found if name != "device"]
+    titles = list(found[kinds[0]])
+    lines = [[kind, *(f"{found[kind][t]:.0f}" for t in titles)] for kind in kinds]
+    return rows(["ms", *titles], lines)
+
+
 def _device(found: dict[str, Any]) -> str:
     return f"{found['device']}, jax {found['jax']}."
 
@@ -277,6 +298,8 @@ WHOLE = {"flows": flows, "accuracy": accuracy, "accuracy-over-limit": over_limit
 #: Name -> the file, and what makes a table of it.
 TABLES = {
     "reference": ("reference.json", reference),
+    "watching": ("watch.json", watching),
+    "convolutions": ("convolutions.json", convolutions),
     "accelerator-cost": ("h100.json", accelerator_cost),
     "accelerator-sweep": ("h100.json", accelerator_sweep),
     "accelerator-accuracy": ("h100.json", accelerator_accuracy),
