@@ -290,3 +290,21 @@ def test_digits_within_five_percent_of_dense_values(optimizer, steps):
         if sure[-1]:
             np.testing.assert_allclose(found["sharpness_ratio"], ratio, rtol=0.05)
     assert np.mean(sure) > 0.7
+
+
+def test_the_status_knows_what_the_last_of_full_batch_steps_has_done():
+    loss = lambda w: 2.0 * jnp.sum(w**2)  # curvature 4
+    rate = lambda step: jnp.where(step < 1, 0.1, 0.6)
+    names = ("sharpness_ratio", "realized_edge")
+    tx = watch(optax.sgd(rate), every=2, quantities=names, full_batch=True)
+    w = jnp.ones(1)
+    state = tx.init(w)
+    for _ in range(3):
+        value, grad = jax.value_and_grad(loss)(w)
+        updates, state = tx.update(grad, state, w, value=value, value_fn=loss)
+        w = optax.apply_updates(w, updates)
+    found = report(state)
+    # The mean loss since the first probe has fallen, and the last step raised its own.
+    np.testing.assert_allclose(found["realized_edge"], 1.2)
+    np.testing.assert_allclose(found["sharpness_ratio"], 1.2)
+    assert STATUS[int(found["status"])] == "unstable"

@@ -24,9 +24,9 @@ ROOMS = (
     "problems",
     "report",
 )
-#: Rooms whose names are all for users; of the others those that `rodjax` itself shows.
 #: Characters of a value that is shown.
 LONGEST = 100
+#: Rooms whose names are all for users; of the others those that `rodjax` itself shows.
 OPEN = ("flows", "training", "transforms", "problems")
 
 

@@ -127,9 +127,8 @@ def _look(values: Values, found: dict[str, Tracked], dtype: jnp.dtype) -> Look:
     if "realized_edge" in values:
         known, zeta = values["realized_edge"][:2]
         lost = (known > 0) & (zeta > 1)
-    if "oscillation" in values and "realized_edge" in values:
-        known, zeta = values["realized_edge"][:2]
-        read = QUANTITIES["oscillation"].read(values["oscillation"], jnp)
-        clear = read[""] > CLEAR * read["_floor"]
-        edge = (known > 0) & (jnp.abs(zeta - 1) < NEAR) & clear
+        if "oscillation" in values:
+            read = QUANTITIES["oscillation"].read(values["oscillation"], jnp)
+            clear = read[""] > CLEAR * read["_floor"]
+            edge = (known > 0) & (jnp.abs(zeta - 1) < NEAR) & clear
     return Look(ratio, there, early, edge, lost)

@@ -31,14 +31,19 @@ def update_ratio(given: Given, size: Lengths) -> Float[Array, "2"]:
     return over(jnp.sqrt(size.square), jnp.sqrt(params))
 
 
-def last_edge(numbers: Array, value: Array, size: Lengths) -> Float[Array, "5"]:
-    """The last step's zeta, as the loss after it is known only now."""
+def last_edge(numbers: Array, value: Array) -> Float[Array, "5"]:
+    """With the last step's zeta, as the loss after it is known only now."""
     _, _, seen, before, slope = numbers
-    value = jnp.asarray(value, numbers.dtype)
-    there, gain = over(value - before, slope)
+    there, gain = over(jnp.asarray(value, numbers.dtype) - before, slope)
     there = there * seen
     zeta = jnp.where(there > 0, 1 - gain, 0)
-    return jnp.stack([there, zeta, jnp.ones_like(seen), value, size.slope])
+    return numbers.at[:2].set(jnp.stack([there, zeta]))
+
+
+def this_step(numbers: Array, value: Array, size: Lengths) -> Float[Array, "5"]:
+    """With what the next zeta takes of this step."""
+    value = jnp.asarray(value, numbers.dtype)
+    return numbers.at[2:].set(jnp.stack([jnp.ones_like(value), value, size.slope]))
 
 
 def oscillation(

@@ -19,6 +19,7 @@ from rodjax.training._step import (
     last_edge,
     lengths,
     oscillation,
+    this_step,
     update_ratio,
 )
 from rodjax.training._theory import no_threshold
@@ -225,9 +226,13 @@ def watch(
         course = before.course
         if counts:
             course = with_loss(course, jnp.asarray(given.value))
-        kept = Kept(
-            before.values, before.directions, course, before.status, before.probed_at
-        )
+        values = dict(before.values)
+        by_value = "realized_edge" in there and full_batch
+        if by_value:
+            values["realized_edge"] = last_edge(
+                values["realized_edge"], jnp.asarray(given.value)
+            )
+        kept = Kept(values, before.directions, course, before.status, before.probed_at)
         taken = taken_by(optimizer, extra)
 
         def look(turn: tuple[Array, Kept]) -> tuple[Array, Kept]:
@@ -252,9 +257,10 @@ def watch(
         seen = still(steps)
         size = lengths(given, seen, dtype)
         values, directions = dict(kept.values), dict(kept.directions)
-        if "realized_edge" in there and full_batch:
-            value = jnp.asarray(given.value)
-            values["realized_edge"] = last_edge(values["realized_edge"], value, size)
+        if by_value:
+            values["realized_edge"] = this_step(
+                values["realized_edge"], jnp.asarray(given.value), size
+            )
         if "update_ratio" in there:
             values["update_ratio"] = update_ratio(given, size)
         if "oscillation" in there:
@@ -283,7 +289,6 @@ def watch(
 
 def only(there: Array, tree: PyTree) -> PyTree:
     """`tree`, as what is known only once `there`, which is always true, is known."""
-
     key = lambda x: jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
     none = lambda x: x if key(x) else jnp.where(there, x, jnp.zeros_like(x))
     return jax.tree.map(none, tree)
