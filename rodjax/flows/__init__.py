@@ -15,6 +15,7 @@ from rodjax.flows._flow import (
     floor_size,
     half_step_back,
     moving,
+    rms,
     shift,
     stack,
 )
@@ -22,6 +23,7 @@ from rodjax.flows._gradient import gradient
 from rodjax.flows._igr import igr
 from rodjax.flows._logarithm import principal_coefficient
 from rodjax.flows._modulated import ModulatedState, modulated
+from rodjax.flows._polar import PolarState, polar
 from rodjax.flows._principal import PrincipalState, TopState, principal
 from rodjax.flows._registry import REGISTRY, Record, table
 from rodjax.flows._ringing import Ringing, ringing
@@ -44,6 +46,7 @@ __all__ = [
     "Flow",
     "ModulatedState",
     "PeriodWarning",
+    "PolarState",
     "PrincipalState",
     "Record",
     "Ringing",
@@ -60,10 +63,12 @@ __all__ = [
     "igr",
     "modulated",
     "moving",
+    "polar",
     "preconditioned_start",
     "principal",
     "principal_coefficient",
     "ringing",
+    "rms",
     "rod",
     "shift",
     "stable",

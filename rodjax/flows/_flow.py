@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from rodjax.linalg import length
 from rodjax.optimizer import Dynamics, State, Window, midpoint
 
 #: The least oscillation relative to the parameters; see `floor_size`.
@@ -65,6 +66,9 @@ class Flow:
     - `evaluations`: update-map or gradient evaluations in one call of the vector field.
     - `products`: products with the Hessian or a derivative of it in one call; NaN where
       their number depends on the problem.
+    - `error_norm(error) -> size`: of a solver's error, structured as the state and
+      divided by its tolerances; where a step is refused is where this is above 1. For
+      `diffrax.PIDController(norm=...)`. By default the root mean square of all entries.
     - `offset`: 0 where the centre is the second-order midpoint at t, 1/2 where it is
       the half-step midpoint at t + 1/2.
 
@@ -91,6 +95,7 @@ class Flow:
     reports: Mapping[str, str] = field(default_factory=dict, hash=False)
     evaluations: int = 1
     products: float = 0
+    error_norm: Callable[[Any], Array] = _default
     offset: float = 0.0
 
     def __post_init__(self) -> None:
@@ -103,7 +108,12 @@ class Flow:
         def observe(y: Any, *, lr: PyTree) -> tuple[PyTree, dict[str, Array]]:
             return stack(centre(y).params), {}
 
-        defaults = {"init": init, "centre": centre, "observe": observe}
+        defaults = {
+            "init": init,
+            "centre": centre,
+            "observe": observe,
+            "error_norm": rms,
+        }
         for name, default in defaults.items():
             if getattr(self, name) is _default:
                 object.__setattr__(self, name, default)
@@ -219,6 +229,19 @@ def floor_size(
         return jnp.asarray(floor(lr) if callable(floor) else floor, norm.dtype) * norm
 
     return least
+
+
+def rms(tree: PyTree) -> Float[Array, ""]:
+    """The root mean square of all entries of a tree.
+
+    ```python
+    >>> import jax.numpy as jnp, rodjax as rj
+    >>> float(rj.flows.rms([jnp.array([5.0, 1.0, 1.0]), jnp.array(3.0)]))
+    3.0
+
+    ```
+    """
+    return length(tree) / max(optax.tree.size(tree), 1) ** 0.5
 
 
 def stack(*trees: PyTree) -> PyTree:
