@@ -4,8 +4,11 @@ Knows: all other rooms, the names by which problems, optimizers, flows and solve
 called, options, files and progress. Must not know: any mathematics, which it calls.
 """
 
+from typing import Annotated
+
 import typer
 
+from rodjax.cli._cache import use_cache
 from rodjax.cli._inspect import inspect
 from rodjax.cli._list import listing
 from rodjax.cli._run import run
@@ -23,8 +26,18 @@ app.command("list")(listing)
 
 
 @app.callback()
-def about() -> None:
+def about(
+    cache: Annotated[
+        bool,
+        typer.Option(
+            "--cache/--no-cache",
+            help="Keep compiled programs in $XDG_CACHE_HOME/rodjax (~/.cache/rodjax).",
+        ),
+    ] = True,
+) -> None:
     """Continuous-time models of optimizers at the edge of stability."""
+    if cache:
+        use_cache()
 
 
 def main() -> None:
