@@ -15,7 +15,7 @@ from jax.tree_util import GetAttrKey, tree_leaves_with_path
 from optimizers import EVERY, LOSSES, OWN_RATE, START, TAKES_NO_MORE, quadratic
 
 import rodjax as rj
-from rodjax.optimizer import merge, slide, split_like, unit_preconditioner
+from rodjax.optimizer import merge, split_like, unit_preconditioner
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
@@ -198,7 +198,7 @@ def orders(name):
 
     @jax.jit
     def walk(window, lr, count):
-        one = lambda _, window: slide(dynamics, window, lr=lr)
+        one = lambda _, window: rj.warm_up(dynamics, window, 1, lr=lr)
         return jax.lax.fori_loop(0, count, one, window)
 
     begins, ends = [], []

@@ -71,7 +71,7 @@ def test_an_import_of_a_room_above_is_found(tmp_path):
         "from rodjax import report\n"
         "def late():\n"
         "    from rodjax.solve import compare\n"
-        "    from rodjax.optimizer._window import slide\n"
+        "    from rodjax.optimizer._window import Window\n"
         "    from rodjax.flows import _rod\n"
         "    import rodjax.choices\n"
     )

@@ -8,7 +8,7 @@ import pytest
 
 import rodjax as rj
 from rodjax.flows import ringing
-from rodjax.optimizer import REACH, Window, alternating, alternating_multiplier, slide
+from rodjax.optimizer import REACH, Window, alternating, alternating_multiplier
 
 TIMES = np.arange(-REACH, REACH + 1.0)
 
@@ -129,12 +129,15 @@ def test_before_the_first_step_iterates_are_extrapolated():
     np.testing.assert_allclose(later.at(2).params, window.at(3).params, rtol=1e-14)
 
 
-def test_sliding_is_warming_up_further():
+@pytest.mark.parametrize("more", range(1, 9))
+def test_warming_up_further(more):
+    """By as many steps as the window has states, and by others."""
     dynamics = rj.dynamics(optax.adam, lambda w: jnp.sum(w**4))
     start, lr = jnp.array([1.0, -2.0]), jnp.asarray(0.1)
-    slid = slide(dynamics, rj.warm_up(dynamics, start, 4, lr=lr), lr=lr)
+    window = rj.warm_up(dynamics, start, 4, lr=lr)
+    further = rj.warm_up(dynamics, window, more, lr=lr)
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12)
-    jax.tree.map(close, slid, rj.warm_up(dynamics, start, 5, lr=lr))
+    jax.tree.map(close, further, rj.warm_up(dynamics, start, 4 + more, lr=lr))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,7 @@ def rung(beta, ratios):
         # w[t + k] = Re(a mu^k): two of them give the complex amplitude a.
         now, later = window.at(0).params[0], window.at(1).params[0]
         truth = jnp.hypot(now, (mu.real * now - later) / mu.imag)
-        return slide(dynamics, window, lr=None), (ringing(dynamics, window), truth)
+        return rj.warm_up(dynamics, window, 1), (ringing(dynamics, window), truth)
 
     # Long enough for the phase to go round even close to the edge.
     return jax.lax.scan(step, window, length=60)[1]

@@ -10,7 +10,9 @@ from rodjax.optimizer._convolutions import for_loops
 from rodjax.optimizer._dynamics import Dynamics, Loss, dynamics
 from rodjax.optimizer._given import fitted
 from rodjax.optimizer._linear import LinearMap, linearize
+from rodjax.optimizer._ring import Ring, push, ring, unrolled
 from rodjax.optimizer._same import Same, compiled, fingerprint
+from rodjax.optimizer._sharding import check_mesh
 from rodjax.optimizer._split import Kind, OptimizerFactory
 from rodjax.optimizer._stability import (
     Edges,
@@ -33,15 +35,13 @@ from rodjax.optimizer._threshold import (
     threshold,
     unit_preconditioner,
 )
+from rodjax.optimizer._warm_up import opening, warm_up
 from rodjax.optimizer._window import (
     REACH,
     Window,
     alternating,
     half_step_midpoint,
     midpoint,
-    opening,
-    slide,
-    warm_up,
 )
 
 __all__ = [
@@ -53,11 +53,13 @@ __all__ = [
     "LinearMap",
     "Loss",
     "OptimizerFactory",
+    "Ring",
     "Same",
     "State",
     "Window",
     "alternating",
     "alternating_multiplier",
+    "check_mesh",
     "compiled",
     "coordinate_edges",
     "coordinate_thresholds",
@@ -74,10 +76,12 @@ __all__ = [
     "merge",
     "midpoint",
     "opening",
-    "slide",
+    "push",
+    "ring",
     "split_like",
     "threshold",
     "unit_preconditioner",
+    "unrolled",
     "warm_up",
     "widest",
 ]

@@ -1,8 +1,8 @@
 """A few consecutive optimizer states: where a flow starts from a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import comb
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,15 @@ from rodjax.optimizer._state import State, in_floats
 
 #: States on either side of a window's middle.
 REACH = 3
+
+
+@runtime_checkable
+class Row(Protocol):
+    """Consecutive states about a middle one, as a `Window` holds them."""
+
+    def at(self, ahead: int) -> State:
+        """The state at step `step + ahead`."""
+        ...
 
 
 class Window(NamedTuple):
@@ -90,20 +99,23 @@ class Window(NamedTuple):
         return jax.tree.map(lambda x: x[REACH + ahead], self.states)
 
 
-def _combine(window: Window, weights: list[float], first: int) -> State:
-    """The linear combination of consecutive states from `step + first` on, in floats.
+def _combine(row: Row, weights: Mapping[int, float]) -> State:
+    """The linear combination of the states `row.at(ahead)`, in floats.
 
     Of what is neither phase, slow nor clock, the middle state's own.
     """
-    pick = slice(REACH + first, REACH + first + len(weights))
-    states = in_floats(window.states)._replace(rest=None)
-    combined = jax.tree.map(
-        lambda x: jnp.tensordot(jnp.asarray(weights, x.dtype), x[pick], 1), states
-    )
-    return combined._replace(rest=in_floats(window.at(0)).rest)
+    states = [in_floats(row.at(ahead))._replace(rest=None) for ahead in weights]
+
+    def mean(*x: Array) -> Array:
+        # Half a precision is too coarse for differences.
+        wide = jnp.promote_types(x[0].dtype, jnp.float32)
+        pairs = zip(weights.values(), x, strict=True)
+        return jnp.astype(sum(w * jnp.astype(y, wide) for w, y in pairs), x[0].dtype)
+
+    return jax.tree.map(mean, *states)._replace(rest=in_floats(row.at(0)).rest)
 
 
-def midpoint(window: Window, ahead: int = 0) -> State:
+def midpoint(window: Row, ahead: int = 0) -> State:
     """Second-order midpoint at t = `step + ahead`: (z[t-1] + 2 z[t] + z[t+1]) / 4.
 
     It removes a period-two oscillation of slowly varying amplitude to second order
@@ -118,10 +130,10 @@ def midpoint(window: Window, ahead: int = 0) -> State:
 
     ```
     """
-    return _combine(window, [0.25, 0.5, 0.25], ahead - 1)
+    return _combine(window, {ahead - 1: 0.25, ahead: 0.5, ahead + 1: 0.25})
 
 
-def half_step_midpoint(window: Window) -> State:
+def half_step_midpoint(window: Row) -> State:
     """Half-step midpoint at `step + 1/2`: (z[t] + z[t+1]) / 2.
 
     ```python
@@ -133,10 +145,10 @@ def half_step_midpoint(window: Window) -> State:
 
     ```
     """
-    return _combine(window, [0.5, 0.5], 0)
+    return _combine(window, {0: 0.5, 1: 0.5})
 
 
-def alternating(window: Window, order: int = 2 * REACH, ahead: int = 0) -> State:
+def alternating(window: Row, order: int = 2 * REACH, ahead: int = 0) -> State:
     """The part that flips sign every step, with its sign at `step + ahead`.
 
     The scaled finite difference of even `order`, centred there: it leaves an
@@ -154,10 +166,13 @@ def alternating(window: Window, order: int = 2 * REACH, ahead: int = 0) -> State
     ```
     """
     half = order // 2
-    weights = [
-        (-1.0) ** (j - half) * comb(order, j) / 2.0**order for j in range(order + 1)
-    ]
-    return _combine(window, weights, ahead - half)
+    return _combine(
+        window,
+        {
+            ahead + j: (-1.0) ** j * comb(order, half + j) / 2.0**order
+            for j in range(-half, half + 1)
+        },
+    )
 
 
 @compiled
@@ -172,92 +187,3 @@ def _completed(dynamics: Dynamics, few: list[State], lr: PyTree) -> State:
     return jax.tree.map(
         lambda new, *old: jnp.concatenate([jnp.stack(old), new]), more, *few
     )
-
-
-def slide(dynamics: Dynamics, window: Window, *, lr: PyTree = None) -> Window:
-    """The window one optimizer step later."""
-    new = dynamics.update(window.at(REACH), lr=lr)
-    states = jax.tree.map(
-        lambda x, y: jnp.concatenate([x[1:], y[None]]), window.states, new
-    )
-    return Window(states, window.step + 1)
-
-
-def warm_up(
-    dynamics: Dynamics, start: PyTree | Window, steps: int = 0, *, lr: PyTree = None
-) -> Window:
-    """Run the optimizer for `steps` steps and return the window there.
-
-    Before step 0 there are no iterates: they are extrapolated linearly,
-    z[-k] = z[0] - k (z[1] - z[0]), which makes the second-order midpoint at 0 the start
-    itself; what is not finite there stays z[0].
-
-    **Arguments**
-
-    - `dynamics`: from `rodjax.dynamics`.
-    - `start`: the initial parameters, any pytree of floats, or a `Window` to go on
-      from.
-    - `steps`: optimizer steps before the window, at least 0.
-    - `lr`: the learning rate, if `dynamics` takes one.
-
-    **Raises** `ValueError` if `steps` is negative, and what `rodjax.dynamics` says of
-    parameters, loss and `lr`.
-
-    ```python
-    >>> import jax.numpy as jnp, optax, rodjax as rj
-    >>> sgd = rj.dynamics(optax.sgd(1.5), lambda w: 0.5 * w**2)
-    >>> window = rj.warm_up(sgd, jnp.array(8.0), steps=1)
-    >>> window.states.params.tolist()
-    [32.0, 20.0, 8.0, -4.0, 2.0, -1.0, 0.5]
-    >>> float(rj.midpoint(window).params)
-    0.5
-
-    ```
-    """
-    if steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps}")
-    params = start.at(0).params if isinstance(start, Window) else start
-    lr = dynamics.cast(params, lr=lr)
-    if not isinstance(start, Window):
-        start = _opening(dynamics, jax.tree.map(jnp.asarray, start), lr)
-    return _go_on(dynamics, start, steps, lr) if steps else start
-
-
-def opening(dynamics: Dynamics, params: PyTree, *, lr: PyTree) -> Window:
-    """The window at step 0, for a program that compiles it with its own; see `warm_up`.
-
-    Compiled alone it would outlive that program, with the data that its loss holds.
-    """
-    zero = dynamics.init(params, lr=lr)
-    one = dynamics.update(zero, lr=lr)
-
-    def earlier(k: int) -> State:
-        """k steps before the start, along the first step where that is finite."""
-
-        def back(x: Array, y: Array) -> Array:
-            if not jnp.issubdtype(x.dtype, jnp.number):
-                return x
-            moved = x - k * (y - x)
-            return jnp.where(jnp.isfinite(moved), moved, x)
-
-        moved = jax.tree.map(back, zero, one)
-        return moved._replace(rest=zero.rest)
-
-    before = [earlier(k) for k in range(REACH, 0, -1)]
-    after = [one]
-    for _ in range(REACH - 1):
-        after.append(dynamics.update(after[-1], lr=lr))
-    states = jax.tree.map(lambda *x: jnp.stack(x), *before, zero, *after)
-    return Window(states, jnp.zeros((), jnp.result_type(float)))
-
-
-@compiled
-def _opening(dynamics: Dynamics, params: PyTree, lr: PyTree) -> Window:
-    return opening(dynamics, params, lr=lr)
-
-
-@compiled
-def _go_on(dynamics: Dynamics, window: Window, steps: int, lr: PyTree) -> Window:
-    # Of fixed length, which reverse-mode differentiation needs.
-    one = lambda _, window: slide(dynamics, window, lr=lr)
-    return jax.lax.fori_loop(0, steps, one, window)

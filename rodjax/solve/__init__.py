@@ -14,6 +14,7 @@ from rodjax.solve._compare import (
     separation,
 )
 from rodjax.solve._course import Course, Method, begun, descent, solution, solving
+from rodjax.solve._heun import Heun
 from rodjax.solve._integrate import (
     LIMIT,
     descend,
@@ -47,7 +48,7 @@ from rodjax.solve._predictability import (
     nudged_windows,
     predictability,
 )
-from rodjax.solve._record import Place, begin, measure, proceed
+from rodjax.solve._record import Place, begin, enter, leave, measure, proceed
 from rodjax.solve._trajectory import (
     Metric,
     Progress,
@@ -68,6 +69,7 @@ __all__ = [
     "SUMMARIES",
     "Comparison",
     "Course",
+    "Heun",
     "Method",
     "Metric",
     "Place",
@@ -83,10 +85,12 @@ __all__ = [
     "descend",
     "descent",
     "edge_of_stability",
+    "enter",
     "everything",
     "integrate",
     "itself",
     "last_finite",
+    "leave",
     "look_at_all",
     "losses",
     "lost_at",

@@ -1,6 +1,7 @@
 """The optimizer itself and a flow under diffrax, each from one saved moment on."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from rodjax.flows import Flow, stack
@@ -17,12 +19,17 @@ from rodjax.optimizer import (
     REACH,
     Dynamics,
     Loss,
+    Ring,
+    State,
     Window,
     alternating,
     midpoint,
-    slide,
+    push,
+    ring,
+    unrolled,
     widest,
 )
+from rodjax.solve._heun import Heun
 from rodjax.solve._trajectory import Reached, Snapshot
 
 # Of a controller that adapts: solver steps to an optimizer step at most.
@@ -34,19 +41,38 @@ ADJOINTS = (
 )
 
 
+class Following(NamedTuple):
+    """A run under way.
+
+    - `states`: the seven about the present moment.
+    - `lost_at`: the first step that was not finite, infinite so far, [].
+    """
+
+    states: Ring
+    lost_at: Array
+
+
 class Course(NamedTuple):
     """How one run or one flow is followed, from one saved moment to the next.
 
-    - `look(state) -> Snapshot`.
-    - `advance(state) -> (state, lost_at, calls)`: the state at the next moment, the
-      last finite one if it is lost; the step at which it was, infinite if it was not;
-      and the update-map evaluations spent.
+    - `look(state, alive) -> Snapshot`, of NaN unless `alive`: inner iterations stop at
+      NaN, whereas the last finite state of a lane that is lost may need many, for which
+      all lanes of a vmap would wait.
+    - `advance(state, alive, go) -> (state, lost_at, calls)`: the state at the next
+      moment, or at this one unless `go`; the last finite one if it is lost or not
+      `alive`; the step at which it was, infinite if it was not; and the update-map
+      evaluations spent. `go`, the same in all lanes of a vmap, is told to it, for XLA
+      copies what a branch around all of it would hand on.
+    - `enter(start) -> state`, `leave(state) -> final`: what is followed, of where it
+      starts from, and back.
     - `loss(params)`, `lr`: what divergence is judged by, and metrics are to be told.
     - `reports`: name -> long name of what a snapshot's report holds.
     """
 
-    look: Callable[[Any], Snapshot]
-    advance: Callable[[Any], tuple[Any, Array, Array]]
+    look: Callable[[Any, ArrayLike], Snapshot]
+    advance: Callable[[Any, ArrayLike, ArrayLike], tuple[Any, Array, Array]]
+    enter: Callable[[Any], Any]
+    leave: Callable[[Any], Any]
     loss: Loss
     lr: PyTree
     reports: Mapping[str, str] = MappingProxyType({})
@@ -74,7 +100,9 @@ def solving(
     """
     if substeps < 1:
         raise ValueError(f"substeps must be at least 1, got {substeps}")
-    solver = diffrax.Heun() if solver is None else solver
+    # Heun's own in the form that takes less memory.
+    if solver is None or type(solver) is diffrax.Heun:
+        solver = Heun()
     if not isinstance(solver, diffrax.AbstractSolver):
         raise TypeError(
             f"solver must be a diffrax solver, such as Heun(); got {solver}"
@@ -106,35 +134,52 @@ def solving(
 
 
 def descent(dynamics: Dynamics, lr: PyTree, every: int) -> Course:
-    """The optimizer itself; its state is a `Window`."""
+    """The optimizer itself, from a `Window`."""
 
-    def look(window: Window) -> Snapshot:
-        return Snapshot(
-            step=jnp.astype(window.step, float),
-            centre=midpoint(window),
-            ends=stack(window.at(0).params, window.at(1).params),
-            amplitude=length(alternating(window).params),
+    def enter(window: Window) -> Following:
+        found = jax.vmap(_finite)(window.states.params)
+        # Within the window, if it began so.
+        first = window.step - REACH + jnp.argmin(found)
+        return Following(ring(window), jnp.where(jnp.all(found), jnp.inf, first))
+
+    def look(run: Following, alive: ArrayLike) -> Snapshot:
+        states = run.states
+        # Hidden before its norm: all that XLA takes into a reduction on a CPU, numbers
+        # included, it has in arrays of their own, and what is selected it does not.
+        apart = hidden(alternating(states).params, alive)
+        seen = Snapshot(
+            step=jnp.astype(states.step, float),
+            centre=midpoint(states),
+            ends=stack(states.at(0).params, states.at(1).params),
+            amplitude=length(apart),
             report={},
         )
+        return hidden(seen, alive)
 
-    def advance(window: Window) -> tuple[Window, Array, Array]:
-        def one(_, carry):
-            window, ok, calls = carry
-            new = slide(dynamics, window, lr=lr)
-            calls += jnp.astype(ok, calls.dtype)
-            # Only the newest state can be the first that is not finite.
-            ok &= _finite(new.at(REACH).params)
-            return optax.tree.where(ok, new, window), ok, calls
+    def advance(
+        run: Following, alive: ArrayLike, go: ArrayLike
+    ) -> tuple[Following, Array, Array]:
+        def one(_: Any, carry: tuple[Following, State, Array]):
+            run, newest, calls = carry
+            going = alive & jnp.isinf(run.lost_at) & go
+            update = partial(dynamics.update, lr=lr)
+            new = jax.lax.cond(go, update, optax.tree.zeros_like, newest)
+            # Other leaves may be infinite in good health, as of a line search at first.
+            # Parameters that are not finite stay so: what follows need not be held.
+            ok = _finite(new.params)
+            this = run.states.step + REACH + 1
+            lost_at = jnp.where(going & ~ok, this, run.lost_at)
+            states = push(run.states, new, going & ok, go)
+            return Following(states, lost_at), new, calls + going
 
-        # Other leaves may be infinite in good health, as of a line search at first.
-        found = jax.vmap(_finite)(window.states.params)
-        before = (window, jnp.all(found), jnp.zeros(()))
-        window, ok, calls = jax.lax.fori_loop(0, every, one, before)
-        # After the window, or within one that began so.
-        lost = jnp.where(jnp.all(found), 2 * REACH + 1, jnp.argmin(found))
-        return window, jnp.where(ok, jnp.inf, window.step - REACH + lost), calls
+        newest = hidden(run.states.at(REACH), alive)
+        before = run, newest, jnp.zeros((), run.lost_at.dtype)
+        run, _, calls = jax.lax.fori_loop(0, every, one, before)
+        # What a window begins with and has lost is seen where it is left.
+        return run, jnp.where(go, run.lost_at, jnp.inf), calls
 
-    return Course(look, advance, dynamics.loss, lr)
+    leave = lambda run: unrolled(run.states)
+    return Course(look, advance, enter, leave, dynamics.loss, lr)
 
 
 def begun(flow: Flow, start: PyTree | Window, lr: PyTree, key: Array) -> Reached:
@@ -159,7 +204,8 @@ def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
         big = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(y))).max) ** 0.5
         return ~(optax.tree.norm(y) < big)
 
-    def look(at: Reached) -> Snapshot:
+    def look(at: Reached, alive: ArrayLike) -> Snapshot:
+        at = hidden(at, alive)
         y = at.state
         centre, (ends, report) = flow.centre(y), flow.observe(y, lr=lr)
         apart = jax.tree.map(lambda e, c: e - c[None], ends, centre.params)
@@ -167,8 +213,14 @@ def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
         amplitude = length(apart) / count**0.5
         return Snapshot(at.time + flow.offset, centre, ends, amplitude, report)
 
-    def advance(at: Reached) -> tuple[Reached, Array, Array]:
-        t, y = at
+    def advance(
+        at: Reached, alive: ArrayLike, go: ArrayLike
+    ) -> tuple[Reached, Array, Array]:
+        never, none = jnp.full_like(at.time, jnp.inf), jnp.zeros_like(at.time)
+        return jax.lax.cond(go, solve, lambda at, _: (at, never, none), at, alive)
+
+    def solve(at: Reached, alive: ArrayLike) -> tuple[Reached, Array, Array]:
+        t, y = hidden(at, alive)
         # As a list, and in one dtype: diffrax promotes several to one for good, and
         # stumbles over an empty tuple. No narrower than single precision, which adds
         # up what half a one would lose.
@@ -208,9 +260,18 @@ def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
         calls = solved.stats["num_steps"] * per_step + per_solve
         calls = jnp.astype(calls * flow.evaluations, t.dtype)
         stopped = jnp.ceil(t + jnp.astype(end, t.dtype))
-        return Reached(t + every, new), jnp.where(ok, jnp.inf, stopped), calls
+        reached = optax.tree.where(ok & alive, Reached(t + every, new), at)
+        return reached, jnp.where(ok, jnp.inf, stopped), calls
 
-    return Course(look, advance, flow.dynamics.loss, lr, flow.reports)
+    itself = lambda at: at
+    return Course(look, advance, itself, itself, flow.dynamics.loss, lr, flow.reports)
+
+
+def hidden(tree: PyTree, shown: ArrayLike) -> PyTree:
+    """`tree` with NaN for its floats unless `shown`."""
+    floats = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    hide = lambda x: jnp.where(shown, x, jnp.nan) if floats(x) else x
+    return jax.tree.map(hide, tree)
 
 
 def _finite(tree: PyTree) -> Array:

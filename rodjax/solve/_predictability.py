@@ -13,7 +13,7 @@ from rodjax.solve._compare import Comparison, separation
 from rodjax.solve._course import Course, descent
 from rodjax.solve._integrate import LIMIT, everything, opened, saved_moments
 from rodjax.solve._metrics import losses
-from rodjax.solve._record import Place, begin, measure, proceed
+from rodjax.solve._record import Place, begin, enter, measure, proceed
 from rodjax.solve._trajectory import Metric
 
 #: Nudged runs, of which the median counts.
@@ -114,7 +114,8 @@ def _predictability(
         return places, (itself(jax.vmap(keep)(params)), values)
 
     windows = nudged_windows(dynamics, window, lr, key, draws)
-    first = jax.lax.map(lambda w: begin(course, w, metrics, limit, origin), windows)
+    start = lambda w: enter(course, begin(course, w, metrics, limit, origin))
+    first = jax.lax.map(start, windows)
     end, (distance, values) = jax.lax.scan(moment, first, jnp.arange(moments + 1))
     step = window.step
     return Comparison(
@@ -165,7 +166,7 @@ def look_at_all(
     """All runs at the next moment, or at this one; midpoints and metrics."""
 
     def one(place: Place) -> tuple[Place, PyTree, PyTree]:
-        place = jax.lax.cond(go, lambda p: proceed(course, p), lambda p: p, place)
+        place = proceed(course, place, go)
         place, seen, values = measure(course, place, metrics)
         return place, seen.centre.params, values
 

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from rodjax.solve._compare import COMPARED
-from rodjax.solve._course import Course
+from rodjax.solve._course import Course, hidden
 from rodjax.solve._labels import FLOW, STEP
 from rodjax.solve._trajectory import Metric, Progress, Snapshot, Trajectory
 
@@ -36,14 +36,6 @@ class Place(NamedTuple):
     diverged_at: Array
     evaluations: Array
 
-    def shown(self) -> Any:
-        """The state, NaN once diverged.
-
-        Inner iterations stop at NaN, whereas the last finite state of a lane may need
-        many, for which all lanes of a vmap would wait.
-        """
-        return _hidden(self.state, self.alive())
-
     def alive(self) -> Array:
         """Whether it has not diverged."""
         return ~jnp.isfinite(self.diverged_at)
@@ -62,7 +54,7 @@ def begin(
     It has diverged once it is beyond `limit` times the norm of the parameters `origin`
     and of the loss there; by default those at the start.
     """
-    seen = course.look(state)
+    seen = course.look(course.enter(state), True)
     carries = tuple(m.init(seen, lr=course.lr) for m in metrics)
     origin = seen.centre.params if origin is None else origin
     sizes = _sizes(origin, course.loss(origin))
@@ -71,17 +63,26 @@ def begin(
     return Place(state, carries, bounds, diverged_at, jnp.zeros_like(seen.step))
 
 
-def proceed(course: Course, place: Place) -> Place:
-    """To the next moment.
+def enter(course: Course, place: Place) -> Place:
+    """The place as its course follows it."""
+    return place._replace(state=course.enter(place.state))
+
+
+def leave(course: Course, place: Place) -> Place:
+    """The place as another program goes on from it."""
+    return place._replace(state=course.leave(place.state))
+
+
+def proceed(course: Course, place: Place, go: Array) -> Place:
+    """To the next moment, or nowhere unless `go`.
 
     Once an advance fails the lane is frozen at its last finite state: it costs nothing
     to the others, and what it saves from there on is NaN.
     """
     alive = place.alive()
-    state, lost_at, calls = course.advance(place.shown())
-    ok = ~jnp.isfinite(lost_at) & alive
+    state, lost_at, calls = course.advance(place.state, alive, go)
     return place._replace(
-        state=optax.tree.where(ok, state, place.state),
+        state=state,
         diverged_at=jnp.where(alive, lost_at, place.diverged_at),
         evaluations=place.evaluations + jnp.where(alive, calls, 0),
     )
@@ -97,7 +98,7 @@ def measure(
     **Raises** `ValueError` where two record the same name, or one the name of what a
     labelled result has itself.
     """
-    seen = course.look(place.shown())
+    seen = course.look(place.state, place.alive())
     values, carries = dict(seen.report), []
     owners = dict.fromkeys(values, "the flow itself")
     for index, (metric, carry) in enumerate(zip(metrics, place.carries, strict=True)):
@@ -122,7 +123,7 @@ def measure(
     left_at = jnp.where(place.alive() & gone, seen.step, place.diverged_at)
     place = place._replace(diverged_at=left_at)
     ok = place.alive()
-    hide = partial(_hidden, shown=ok)
+    hide = partial(hidden, shown=ok)
     shown = seen._replace(centre=hide(seen.centre), ends=hide(seen.ends))
     values = jax.tree.map(lambda x: jnp.where(ok, x, jnp.nan), values)
     return place._replace(carries=tuple(carries)), shown, values
@@ -143,22 +144,21 @@ def record(
     stride = moments // CALLS + 1
 
     def moment(place: Place, index: Array) -> tuple[Place, Any]:
-        # A branch, so that what is saved is compiled once only.
-        stay, go = (lambda place: place), lambda place: proceed(course, place)
-        place = jax.lax.cond(index == 0, stay, go, place)
+        # In the same loop as all others, so that what is saved is compiled once only.
+        place = proceed(course, place, index > 0)
         place, seen, values = measure(course, place, metrics)
         if progress is not None:
             # A lane that has diverged is still told apart from others by its step.
-            step = course.look(place.state).step
+            step = course.look(place.state, True).step
             due = (moments - index) % stride == 0
             tell = partial(jax.debug.callback, progress)
             jax.lax.cond(due, tell, lambda *_: None, step, values["loss"])
         return place, (keep(seen.centre.params), jax.vmap(keep)(seen.ends), values)
 
     indices = jnp.arange(moments + 1)
-    first = begin(course, state, metrics, limit, origin)
+    first = enter(course, begin(course, state, metrics, limit, origin))
+    step = course.look(first.state, True).step
     end, saved = jax.lax.scan(moment, first, indices)
-    step = course.look(state).step
     params, ends, values = saved
     named = dict(course.reports)
     for metric in metrics:
@@ -168,18 +168,11 @@ def record(
         params=params,
         ends=ends,
         metrics=values,
-        final=end.state,
+        final=leave(course, end).state,
         evaluations=end.evaluations,
         diverged_at=end.diverged_at,
         long_names=tuple(named.items()),
     )
-
-
-def _hidden(tree: PyTree, shown: Array) -> PyTree:
-    """`tree` with NaN for its floats unless `shown`."""
-    floats = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
-    hide = lambda x: jnp.where(shown, x, jnp.nan) if floats(x) else x
-    return jax.tree.map(hide, tree)
 
 
 def _sizes(params: PyTree, loss: Array) -> tuple[Array, Array]:

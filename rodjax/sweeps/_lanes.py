@@ -22,7 +22,9 @@ from rodjax.solve import (
     begin,
     begun,
     descent,
+    enter,
     itself,
+    leave,
     look_at_all,
     losses,
     lost_at,
@@ -93,7 +95,9 @@ def set_out(spec: Spec, params: PyTree, point: Point) -> Places:
     lr = _lr(spec, point, params)
     # Compiled for itself, lest fusions with the rest differ by the number of devices.
     window = jax.jit(partial(opening, spec.dynamics))(params, lr=lr)
-    window, lost, _ = descent(spec.dynamics, lr, spec.warmup).advance(window)
+    warmup = descent(spec.dynamics, lr, spec.warmup)
+    run, lost, _ = warmup.advance(warmup.enter(window), True, True)
+    window = warmup.leave(run)
     # No flow can start from a run that is lost already.
     states = {name: begun(flow, window, lr, key) for name, flow in spec.flows}
     courses = _courses(spec, lr)
@@ -126,11 +130,7 @@ def follow(
     places = jax.lax.cond(fresh, lambda: set_out(spec, params, point), lambda: places)
     courses = _courses(spec, _lr(spec, point, places[RUN].state.at(0).params))
     metrics = recorded(spec)
-
-    def go_on(places: Places) -> Places:
-        return places | {
-            name: proceed(course, places[name]) for name, course in courses.items()
-        }
+    places = _each(enter, courses, places)
 
     def save(places: Places, moved: Array) -> tuple[Places, PyTree]:
         seen, values, following = {}, {}, {}
@@ -152,7 +152,11 @@ def follow(
         places, rows = carry
         # The first is saved in the same loop, so that `save` is compiled once.
         moved = moment > 0
-        places, row = save(jax.lax.cond(moved, go_on, lambda p: p, places), moved)
+        places |= {
+            name: proceed(course, places[name], moved)
+            for name, course in courses.items()
+        }
+        places, row = save(places, moved)
         return places, jax.tree.map(lambda x, r: x.at[moment].set(r), rows, row)
 
     rows = jax.tree.map(
@@ -161,7 +165,7 @@ def follow(
     )
     first = jnp.where(fresh, 0, 1)
     places, (metrics, kept) = jax.lax.fori_loop(first, count + 1, body, (places, rows))
-    return places, Rows(
+    return _each(leave, courses, places), Rows(
         metrics,
         kept,
         {
@@ -182,6 +186,19 @@ def _courses(spec: Spec, lr: PyTree) -> dict[str, Course]:
     for name, flow in spec.flows:
         courses[name] = solution(flow, lr, spec.every, spec.method)
     return courses
+
+
+def _each(
+    change: Callable[[Course, Place], Place],
+    courses: dict[str, Course],
+    places: Places,
+) -> Places:
+    """The places of all models changed; those of the nudged runs in turn."""
+    changed = {name: change(course, places[name]) for name, course in courses.items()}
+    if NUDGED in places:
+        nudged = places[NUDGED]
+        changed[NUDGED] = jax.lax.map(partial(change, courses[RUN]), nudged)
+    return changed
 
 
 def models(spec: Spec) -> list[str]:
