@@ -47,6 +47,7 @@ from rodjax.report import (
     view,
 )
 from rodjax.solve import (
+    RKC,
     Comparison,
     Metric,
     Reached,
@@ -64,6 +65,7 @@ from rodjax.solve import (
 from rodjax.sweeps import sweep
 
 __all__ = [
+    "RKC",
     "Comparison",
     "Dynamics",
     "Eigenpair",

@@ -42,7 +42,7 @@ def test_a_solver_whose_stages_are_not_known_says_so():
         ({"steps": 5, "every": 2}, ValueError, "positive multiple of every=2"),
         ({"every": 0}, ValueError, "every must be at least 1"),
         ({"lr": None}, ValueError, "lr is missing"),
-        ({"substeps": 0}, ValueError, "substeps must be at least 1"),
+        ({"substeps": 0}, ValueError, "substeps must be positive, got 0"),
         # An implicit and an explicit part; noise; a class; a name.
         (
             {"solver": diffrax.KenCarp4()},

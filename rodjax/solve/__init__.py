@@ -13,7 +13,7 @@ from rodjax.solve._compare import (
     last_finite,
     separation,
 )
-from rodjax.solve._course import Course, Method, begun, descent, solution, solving
+from rodjax.solve._course import Course, begun, descent, solution
 from rodjax.solve._heun import Heun
 from rodjax.solve._integrate import (
     LIMIT,
@@ -32,6 +32,7 @@ from rodjax.solve._labels import (
     stacked,
     step_coordinate,
 )
+from rodjax.solve._method import Method, solving
 from rodjax.solve._metrics import (
     LOSSES,
     edge_of_stability,
@@ -49,6 +50,7 @@ from rodjax.solve._predictability import (
     predictability,
 )
 from rodjax.solve._record import Place, begin, enter, leave, measure, proceed
+from rodjax.solve._rkc import RKC
 from rodjax.solve._trajectory import (
     Metric,
     Progress,
@@ -64,6 +66,7 @@ __all__ = [
     "LIMIT",
     "LOSSES",
     "NUDGED",
+    "RKC",
     "RUN",
     "STEP",
     "SUMMARIES",

@@ -1,5 +1,6 @@
 """The optimizer itself and a flow under diffrax, each from one saved moment on."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -29,16 +30,15 @@ from rodjax.optimizer import (
     unrolled,
     widest,
 )
+from rodjax.solve import _stretch as together
+from rodjax.solve._effort import controlled, spent
 from rodjax.solve._heun import Heun
+from rodjax.solve._method import Method
 from rodjax.solve._trajectory import Reached, Snapshot
 
-# Of a controller that adapts: solver steps to an optimizer step at most.
-PATIENCE = 4096
-ADJOINTS = (
-    diffrax.RecursiveCheckpointAdjoint,
-    diffrax.DirectAdjoint,
-    diffrax.ForwardMode,
-)
+# Of a controller that adapts: solver steps to an optimizer step at most, and on average
+# over many, for a derivative in reverse keeps some of them.
+PATIENCE, USUAL = 4096, 256
 
 
 class Following(NamedTuple):
@@ -76,61 +76,6 @@ class Course(NamedTuple):
     loss: Loss
     lr: PyTree
     reports: Mapping[str, str] = MappingProxyType({})
-
-
-class Method(NamedTuple):
-    """How a flow is solved: `substeps` solver steps to an optimizer step."""
-
-    solver: diffrax.AbstractSolver
-    substeps: int
-    stepsize_controller: diffrax.AbstractStepSizeController
-    adjoint: diffrax.AbstractAdjoint
-
-
-def solving(
-    solver: diffrax.AbstractSolver | None = None,
-    substeps: int = 4,
-    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
-    adjoint: diffrax.AbstractAdjoint | None = None,
-) -> Method:
-    """Heun, constant steps and the checkpointed adjoint where `None`.
-
-    **Raises** `ValueError` or `TypeError`, naming the argument, for what cannot solve a
-    flow.
-    """
-    if substeps < 1:
-        raise ValueError(f"substeps must be at least 1, got {substeps}")
-    # Heun's own in the form that takes less memory.
-    if solver is None or type(solver) is diffrax.Heun:
-        solver = Heun()
-    if not isinstance(solver, diffrax.AbstractSolver):
-        raise TypeError(
-            f"solver must be a diffrax solver, such as Heun(); got {solver}"
-        )
-    if solver.term_structure not in (diffrax.AbstractTerm, diffrax.ODETerm):
-        raise ValueError(
-            f"solver {type(solver).__name__} is for vector fields in several parts or "
-            "with noise, and a flow is one: give a solver of ODEs, such as Heun(), "
-            "Tsit5() or Kvaerno5()"
-        )
-    if stepsize_controller is None:
-        stepsize_controller = diffrax.ConstantStepSize()
-    tolerance = getattr(getattr(solver, "root_finder", None), "rtol", 0.0)
-    constant = isinstance(stepsize_controller, diffrax.ConstantStepSize)
-    if constant and not isinstance(tolerance, int | float):
-        raise ValueError(
-            f"solver {type(solver).__name__} is implicit, and constant steps do not "
-            "say how accurately to solve for one: give stepsize_controller=diffrax."
-            "PIDController(rtol=1e-6, atol=1e-9), or a root finder with tolerances"
-        )
-    adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
-    if not isinstance(adjoint, ADJOINTS):
-        raise ValueError(
-            f"adjoint {type(adjoint).__name__} gives wrong derivatives of a flow, "
-            "which cannot be solved backwards: give RecursiveCheckpointAdjoint(), "
-            "DirectAdjoint() or, for jax.jvp and jax.jacfwd, ForwardMode()"
-        )
-    return Method(solver, substeps, stepsize_controller, adjoint)
 
 
 def descent(dynamics: Dynamics, lr: PyTree, every: int) -> Course:
@@ -188,12 +133,25 @@ def begun(flow: Flow, start: PyTree | Window, lr: PyTree, key: Array) -> Reached
     return Reached(jnp.asarray(time, float), flow.init(start, lr=lr, key=key))
 
 
-def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
-    """A flow solved from one saved moment to the next; its state is a `Reached`."""
-    per_step, per_solve = _stages(method.solver)
-    constant = isinstance(method.stepsize_controller, diffrax.ConstantStepSize)
+def solution(
+    flow: Flow, lr: PyTree, every: int, method: Method, count: int = 1
+) -> Course:
+    """A flow solved `count` saved moments at a time, from a `Reached`.
+
+    **Raises** `ValueError` for constant steps that are longer than those together.
+    """
+    solver, longest = method.solver, 1 / method.substeps
+    if method.constant() and longest > every * count:
+        raise ValueError(
+            f"substeps={method.substeps:g} are steps of {longest:g}, longer than from "
+            f"one saved moment to the next: give every={math.ceil(longest)} or more"
+        )
+    # Which keeps nothing to interpolate with.
+    solver = diffrax.Heun() if count > 1 and isinstance(solver, Heun) else solver
     # One more where steps that fill the span exactly are rounded to a little less.
-    most = every * (method.substeps if constant else max(PATIENCE, method.substeps)) + 1
+    most = math.ceil(every * count * method.substeps) + 1
+    if not method.constant():
+        most = max(every * max(PATIENCE, count * USUAL), most)
 
     @jax.jit
     def vector_field(*args: Any) -> PyTree:
@@ -217,7 +175,13 @@ def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
         at: Reached, alive: ArrayLike, go: ArrayLike
     ) -> tuple[Reached, Array, Array]:
         never, none = jnp.full_like(at.time, jnp.inf), jnp.zeros_like(at.time)
-        return jax.lax.cond(go, solve, lambda at, _: (at, never, none), at, alive)
+        return jax.lax.cond(go, one, lambda at, _: (at, never, none), at, alive)
+
+    def one(at: Reached, alive: ArrayLike) -> tuple[Reached, Array, Array]:
+        *found, calls = solve(at, alive)
+        new, lost_at = jax.tree.map(lambda x: x[0], tuple(found))
+        at = optax.tree.where(jnp.isinf(lost_at) & alive, new, at)
+        return at, lost_at, calls
 
     def solve(at: Reached, alive: ArrayLike) -> tuple[Reached, Array, Array]:
         t, y = hidden(at, alive)
@@ -231,6 +195,9 @@ def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
         def back(leaves: list[Array]) -> PyTree:
             return structure.unflatten(map(jnp.astype, leaves, narrow))
 
+        def norm(error: list[Array]) -> Array:
+            return flow.error_norm(structure.unflatten(error))
+
         def field(s: Any, leaves: list[Array], lr: PyTree) -> list[Array]:
             slope = vector_field(t + s, back(leaves), lr)
             return [jnp.astype(x, wide) for x in jax.tree.leaves(slope)]
@@ -239,32 +206,44 @@ def solution(flow: Flow, lr: PyTree, every: int, method: Method) -> Course:
         # another device gets to; but in the state's own dtype, which it would promote.
         usual = wide == jnp.result_type(float)
         time = lambda t: float(t) if usual else np.asarray(t, wide)
+        moments = every * np.arange(1, count + 1)
+        saved = [diffrax.SubSaveAt(t1=True)]
+        saved += [diffrax.SubSaveAt(ts=np.asarray(moments, wide))] * (count > 1)
         solved = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
-            method.solver,
+            solver,
             t0=time(0),
-            t1=time(every),
+            t1=time(every * count),
             dt0=time(1 / method.substeps),
             y0=[jnp.astype(x, wide) for x in leaves],
             args=lr,
-            saveat=diffrax.SaveAt(t1=True),
-            stepsize_controller=method.stepsize_controller,
+            saveat=diffrax.SaveAt(subs=saved, controller_state=True),
+            stepsize_controller=controlled(method.stepsize_controller, solver, norm),
             adjoint=method.adjoint,
             event=diffrax.Event(lambda t, y, args, **_: unbounded(y)),
             max_steps=most,
             throw=False,
         )
-        end, ends = jax.tree.map(lambda x: x[-1], (solved.ts, solved.ys))
-        new = back(ends)
-        ok = (solved.result == diffrax.RESULTS.successful) & ~unbounded(new)
-        calls = solved.stats["num_steps"] * per_step + per_solve
-        calls = jnp.astype(calls * flow.evaluations, t.dtype)
+        # Of those before the end, wherever that was.
+        end = solved.ts[0][-1]
+        found = jax.vmap(back)(solved.ys[-1])
+        reached = (solved.result == diffrax.RESULTS.successful) | (moments < end)
+        ok = reached & ~jax.vmap(unbounded)(found)
         stopped = jnp.ceil(t + jnp.astype(end, t.dtype))
-        reached = optax.tree.where(ok & alive, Reached(t + every, new), at)
-        return reached, jnp.where(ok, jnp.inf, stopped), calls
+        calls = jnp.astype(spent(solver, solved) * flow.evaluations, t.dtype)
+        ahead = Reached(t + jnp.astype(moments, t.dtype), found)
+        return ahead, jnp.where(ok, jnp.inf, stopped), calls
 
     itself = lambda at: at
-    return Course(look, advance, itself, itself, flow.dynamics.loss, lr, flow.reports)
+    course = Course(look, advance, itself, itself, flow.dynamics.loss, lr, flow.reports)
+    if count == 1:
+        return course
+    return course._replace(
+        look=lambda stretch, alive: look(stretch.now, alive),
+        advance=partial(together.advance, solve),
+        enter=partial(together.enter, count=count),
+        leave=lambda stretch: stretch.now,
+    )
 
 
 def hidden(tree: PyTree, shown: ArrayLike) -> PyTree:
@@ -277,15 +256,3 @@ def hidden(tree: PyTree, shown: ArrayLike) -> PyTree:
 def _finite(tree: PyTree) -> Array:
     leaves = jax.tree.leaves(tree)
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
-
-
-def _stages(solver: diffrax.AbstractSolver) -> tuple[float, float]:
-    """Vector-field evaluations of an explicit solver: per step, and once per solve."""
-    if isinstance(solver, diffrax.Euler):
-        return 1, 0
-    tableau = getattr(solver, "tableau", None)
-    explicit = isinstance(solver, diffrax.AbstractERK)
-    if explicit and isinstance(tableau, diffrax.ButcherTableau):
-        reused = int(tableau.fsal)
-        return tableau.num_stages - reused, reused
-    return float("nan"), 0

@@ -11,7 +11,8 @@ from jaxtyping import Array, PyTree
 
 from rodjax.flows import Flow
 from rodjax.optimizer import Dynamics, Window, compiled, warm_up
-from rodjax.solve._course import Method, begun, descent, solution, solving
+from rodjax.solve._course import begun, descent, solution
+from rodjax.solve._method import Method, solving
 from rodjax.solve._metrics import losses
 from rodjax.solve._record import record
 from rodjax.solve._trajectory import Metric, Progress, Reached, Trajectory
@@ -126,7 +127,7 @@ def integrate(
     *,
     lr: PyTree = None,
     solver: diffrax.AbstractSolver | None = None,
-    substeps: int = 4,
+    substeps: float = 4,
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     adjoint: diffrax.AbstractAdjoint | None = None,
     every: int = 1,
@@ -152,10 +153,15 @@ def integrate(
     - `steps`, `every`, `metrics`, `keep`, `progress`, `limit`, `origin`: as for
       `descend`.
     - `lr`: the learning rate if the flow's dynamics take one.
-    - `solver`: any diffrax solver of ODEs, explicit or implicit; Heun by default.
-    - `substeps`: solver steps to an optimizer step; 4 is safe with Heun.
+    - `solver`: any diffrax solver of ODEs, explicit or implicit; Heun by default. For
+      long steps of an optimizer without momentum, `rodjax.RKC`.
+    - `substeps`: solver steps to an optimizer step; 4 is safe with Heun. Below 1, with
+      a solver that is stable there, steps of several optimizer steps.
     - `stepsize_controller`: of diffrax; constant steps by default. An adaptive one
-      starts afresh at every saved moment.
+      weighs errors by the flow's `error_norm`, unless it has a norm of its own.
+      Adaptive steps, and constant ones longer than `every`, pass over saved moments,
+      which are interpolated; the solver starts afresh after about 64 optimizer steps,
+      whose saved states are in memory together.
     - `adjoint`: how the solution is differentiated, in `lr` and in `start`:
       `diffrax.RecursiveCheckpointAdjoint()` by default, in reverse (`jax.grad`);
       `diffrax.ForwardMode()` for `jax.jvp` and `jax.jacfwd`.
@@ -233,7 +239,8 @@ def _integrate(
     limit: float,
     origin: PyTree,
 ) -> Trajectory:
-    course = solution(flow, lr, every, method)
+    together = method.together(every, moments)
+    course = solution(flow, lr, every, method, together)
     recorded = metrics, keep, progress, moments, every, limit, origin
     return record(course, start, *recorded)
 

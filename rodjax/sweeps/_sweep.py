@@ -51,7 +51,7 @@ def sweep(
     metrics: Sequence[Metric] = (),
     keep: Callable[[PyTree], PyTree] = lambda params: None,
     solver: diffrax.AbstractSolver | None = None,
-    substeps: int = 4,
+    substeps: float = 4,
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     lane_chunk: int | None = None,
     time_chunk: int | None = None,

@@ -68,7 +68,7 @@ def forecast(
     every: int | None = None,
     metrics: Sequence[Metric] | None = None,
     solver: diffrax.AbstractSolver | None = None,
-    substeps: int = 4,
+    substeps: float = 4,
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     lane_chunk: int | None = None,
     limit: float = LIMIT,

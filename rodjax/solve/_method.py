@@ -1,0 +1,89 @@
+"""How a flow is solved, and what cannot solve one."""
+
+import dataclasses
+from typing import NamedTuple
+
+import diffrax
+
+from rodjax.solve import _stretch
+from rodjax.solve._heun import Heun
+from rodjax.solve._rkc import RKC
+
+ADJOINTS = (
+    diffrax.RecursiveCheckpointAdjoint,
+    diffrax.DirectAdjoint,
+    diffrax.ForwardMode,
+)
+# The kind of a solver's own loop that each can differentiate.
+LOOPS = dict(zip(ADJOINTS, ("checkpointed", "bounded", "lax"), strict=True))
+
+
+class Method(NamedTuple):
+    """How a flow is solved: `substeps` solver steps to an optimizer step."""
+
+    solver: diffrax.AbstractSolver
+    substeps: float
+    stepsize_controller: diffrax.AbstractStepSizeController
+    adjoint: diffrax.AbstractAdjoint
+
+    def constant(self) -> bool:
+        """Whether all steps are of one size."""
+        return isinstance(self.stepsize_controller, diffrax.ConstantStepSize)
+
+    def together(self, every: int, moments: int) -> int:
+        """Moments that are solved for at a time: one where a step ends at every one.
+
+        A solution goes on from there bit for bit; else the solver starts afresh at the
+        end of a stretch only, and moments within are interpolated.
+        """
+        if self.constant() and 1 / self.substeps <= every:
+            return 1
+        return _stretch.moments_together(every, moments)
+
+
+def solving(
+    solver: diffrax.AbstractSolver | None = None,
+    substeps: float = 4,
+    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
+    adjoint: diffrax.AbstractAdjoint | None = None,
+) -> Method:
+    """Heun, constant steps and the checkpointed adjoint where `None`.
+
+    **Raises** `ValueError` or `TypeError`, naming the argument, for what cannot solve a
+    flow.
+    """
+    if not substeps > 0:
+        raise ValueError(f"substeps must be positive, got {substeps}")
+    # Heun's own in the form that takes less memory.
+    if solver is None or type(solver) is diffrax.Heun:
+        solver = Heun()
+    if not isinstance(solver, diffrax.AbstractSolver):
+        raise TypeError(
+            f"solver must be a diffrax solver, such as Heun(); got {solver}"
+        )
+    if solver.term_structure not in (diffrax.AbstractTerm, diffrax.ODETerm):
+        raise ValueError(
+            f"solver {type(solver).__name__} is for vector fields in several parts or "
+            "with noise, and a flow is one: give a solver of ODEs, such as Heun(), "
+            "Tsit5() or Kvaerno5()"
+        )
+    if stepsize_controller is None:
+        stepsize_controller = diffrax.ConstantStepSize()
+    tolerance = getattr(getattr(solver, "root_finder", None), "rtol", 0.0)
+    constant = isinstance(stepsize_controller, diffrax.ConstantStepSize)
+    if constant and not isinstance(tolerance, int | float):
+        raise ValueError(
+            f"solver {type(solver).__name__} is implicit, and constant steps do not "
+            "say how accurately to solve for one: give stepsize_controller=diffrax."
+            "PIDController(rtol=1e-6, atol=1e-9), or a root finder with tolerances"
+        )
+    adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
+    if not isinstance(adjoint, ADJOINTS):
+        raise ValueError(
+            f"adjoint {type(adjoint).__name__} gives wrong derivatives of a flow, "
+            "which cannot be solved backwards: give RecursiveCheckpointAdjoint(), "
+            "DirectAdjoint() or, for jax.jvp and jax.jacfwd, ForwardMode()"
+        )
+    if isinstance(solver, RKC):
+        solver = dataclasses.replace(solver, scan_kind=LOOPS[type(adjoint)])
+    return Method(solver, substeps, stepsize_controller, adjoint)
