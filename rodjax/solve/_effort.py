@@ -42,13 +42,35 @@ class _Counting(diffrax.AbstractStepSizeController):
     def wrap(self, direction: Any) -> "_Counting":
         return _Counting(self.controller.wrap(direction), self.solver)
 
-    def init(self, *args: Any) -> tuple[Any, Any]:
-        t1, state = self.controller.init(*args)
+    def init(
+        self,
+        terms: Any,
+        t0: Any,
+        t1: Any,
+        y0: Any,
+        dt0: Any,
+        args: Any,
+        func: Any,
+        error_order: Any,
+    ) -> tuple[Any, Any]:
+        given = terms, t0, t1, y0, dt0, args, func, error_order
+        t1, state = self.controller.init(*given)
         return t1, (state, jnp.zeros((), jnp.int32))
 
-    def adapt_step_size(self, t0: Any, t1: Any, *args: Any) -> Any:
-        *others, (state, count) = args
-        *found, state, result = self.controller.adapt_step_size(t0, t1, *others, state)
+    def adapt_step_size(
+        self,
+        t0: Any,
+        t1: Any,
+        y0: Any,
+        y1_candidate: Any,
+        args: Any,
+        y_error: Any,
+        error_order: Any,
+        controller_state: Any,
+    ) -> Any:
+        state, count = controller_state
+        given = t0, t1, y0, y1_candidate, args, y_error, error_order
+        *found, state, result = self.controller.adapt_step_size(*given, state)
         count += self.solver.calls(jnp.asarray(t1 - t0))
         return *found, (state, count), result
 

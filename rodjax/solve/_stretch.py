@@ -21,13 +21,13 @@ class Stretch(NamedTuple):
     - `now`: the present moment, or the last finite one.
     - `ahead`: all moments of this stretch, with a leading axis; `lost_at`: the step at
       which it was lost by then, infinite if it was not.
-    - `index`: which of them is the next one, [].
+    - `nth`: which of them is the next one, [].
     """
 
     now: Reached
     ahead: Reached
     lost_at: Array
-    index: Array
+    nth: Array
 
 
 def moments_together(every: int, moments: int) -> int:
@@ -50,17 +50,17 @@ def advance(
     go: ArrayLike,
 ) -> tuple[Stretch, Array, Array]:
     """To the next moment of the stretch, or to the first of another."""
-    now, ahead, lost_at, index = stretch
+    now, ahead, lost_at, nth = stretch
     keep = lambda *_: (ahead, lost_at, jnp.zeros_like(now.time))
     # Both the same in all lanes, so that this is a branch under vmap too.
-    due = go & (index == 0)
+    due = go & (nth == 0)
     ahead, lost_at, calls = jax.lax.cond(due, solve, keep, now, alive)
-    lost = jnp.where(go, lost_at[index], jnp.inf)
+    lost = jnp.where(go, lost_at[nth], jnp.inf)
     ok = jnp.isinf(lost) & alive & go
-    now = optax.tree.where(ok, _at(ahead, index), now)
-    index = jnp.where(go, (index + 1) % len(lost_at), index)
-    return Stretch(now, ahead, lost_at, index), lost, calls
+    now = optax.tree.where(ok, _at(ahead, nth), now)
+    nth = jnp.where(go, (nth + 1) % len(lost_at), nth)
+    return Stretch(now, ahead, lost_at, nth), lost, calls
 
 
-def _at(tree: PyTree, index: Array) -> PyTree:
-    return jax.tree.map(lambda x: x[index], tree)
+def _at(tree: PyTree, nth: Array) -> PyTree:
+    return jax.tree.map(lambda x: x[nth], tree)
