@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 import rodjax as rj
 from rodjax.curvature import starting_directions
-from rodjax.linalg._lanczos import DENSE
+from rodjax.linalg._lobpcg import DENSE
 
 
 def tanh_loss(params):

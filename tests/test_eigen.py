@@ -7,7 +7,7 @@ import pytest
 from spectra import SPECTRA, basis, matrix, start
 
 import rodjax as rj
-from rodjax.linalg._lanczos import BLOCK_KRYLOV, KRYLOV, SWEEPS
+from rodjax.linalg._lobpcg import LOOK, STEPS
 
 # Every k up to 5. Of 20 parameters the matrix is formed, as of 60 with k = 5.
 CASES = [(20, 4), (60, 1), (60, 2), (60, 5), (400, 1), (400, 3), (400, 5)]
@@ -119,15 +119,14 @@ def test_warm_start_saves_products(name, k):
     matvec, calls = counted(lambda v: symmetric @ v)
     solver = jax.jit(lambda guess: rj.top_eigenpairs(matvec, guess))
     cold, pairs = cost(solver, calls, start(k, n))
-    sweep = k * (KRYLOV if k == 1 else BLOCK_KRYLOV)
-    # Each sweep, and k for the residuals that are reported.
-    assert cold == int(pairs.iterations) * sweep + k >= 3 * sweep
+    assert cold == int(pairs.iterations) * k >= 3 * (1 + LOOK) * k
     nudge = jax.random.normal(jax.random.key(3), (k, n)) / n**0.5
     exact, _ = cost(solver, calls, pairs.vectors)
-    assert exact == sweep + k
+    # One for the residuals, a few more for the noise that is added, and the look.
+    assert exact <= (6 + LOOK) * k
     # Where the next step of a trajectory starts.
     near, _ = cost(solver, calls, pairs.vectors + 1e-7 * nudge)
-    assert near <= 2 * sweep + k
+    assert near < cold / 2
     far, warm = cost(solver, calls, pairs.vectors + 1e-3 * nudge)
     assert far < cold
     check(warm, name)
@@ -171,10 +170,10 @@ def test_what_has_not_converged_says_so():
     values = jnp.linspace(-1.0, -1e-3, 4000)
     matvec, calls = counted(lambda v: values * v)
     solver = jax.jit(lambda guess: rj.top_eigenpairs(matvec, guess, tol=1e-13))
-    for k, sweep in ((1, KRYLOV), (2, 2 * BLOCK_KRYLOV)):
+    for k in (1, 2):
         spent, pairs = cost(solver, calls, start(k, 4000))
-        assert spent == SWEEPS * sweep + k
-        assert int(pairs.iterations) == SWEEPS
+        assert spent == STEPS * k
+        assert int(pairs.iterations) == STEPS
         scale = np.abs(pairs.values).max()
         assert float(pairs.residuals.max()) > 1e-13
         # Some eigenvalue is that close to each.
@@ -182,7 +181,7 @@ def test_what_has_not_converged_says_so():
         assert np.all(nearest / scale <= pairs.residuals)
 
 
-def test_a_looser_tolerance_takes_fewer_sweeps():
+def test_a_looser_tolerance_takes_fewer_products():
     symmetric = jnp.asarray(matrix("close cluster", 400))
     run = lambda tol: rj.top_eigenpairs(lambda v: symmetric @ v, start(3, 400), tol=tol)
     loose, tight = jax.jit(lambda: (run(1e-2), run(1e-12)))()

@@ -9,9 +9,9 @@ from rodjax.curvature._derivatives import hvp, third_derivative
 from rodjax.curvature._eigenpairs import (
     hessian_eigenpairs,
     preconditioned_eigenpairs,
-    random_direction,
     sharpness,
     sharpness_ratio,
+    starting_direction,
     starting_directions,
 )
 
@@ -19,9 +19,9 @@ __all__ = [
     "hessian_eigenpairs",
     "hvp",
     "preconditioned_eigenpairs",
-    "random_direction",
     "sharpness",
     "sharpness_ratio",
+    "starting_direction",
     "starting_directions",
     "third_derivative",
 ]

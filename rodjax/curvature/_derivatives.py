@@ -3,6 +3,7 @@
 import jax
 from jaxtyping import PyTree
 
+from rodjax.linalg import alike
 from rodjax.optimizer import Loss, for_loops
 
 
@@ -18,7 +19,8 @@ def hvp(loss: Loss, params: PyTree, vector: PyTree) -> PyTree:
 
     ```
     """
-    return jax.jvp(for_loops(jax.grad(loss)), (params,), (vector,))[1]
+    product = jax.jvp(for_loops(jax.grad(loss)), (params,), (vector,))[1]
+    return alike(product, params)
 
 
 def third_derivative(loss: Loss, params: PyTree, u: PyTree, v: PyTree) -> PyTree:

@@ -13,6 +13,8 @@ from rodjax.curvature._derivatives import hvp
 from rodjax.linalg import (
     Eigenpair,
     Eigenpairs,
+    alike,
+    random_direction,
     refined_eigenpair,
     top_eigenpair,
     top_eigenpairs,
@@ -21,6 +23,7 @@ from rodjax.optimizer import (
     Dynamics,
     Loss,
     State,
+    check_mesh,
     compiled,
     coordinate_thresholds,
     for_loops,
@@ -51,7 +54,7 @@ def sharpness(
     - `products`: Hessian-vector products to spend, 1 to 3 where `guess` is the vector
       of a few steps before; `residual` tells how far they led. As
       `rodjax.linalg.refined_eigenpair`, with its memory. `None`: as many as `tol`
-      needs, 13 at least, and as `top_eigenpair` with the memory of twenty vectors.
+      needs, and eight that look for an eigenvalue above: as `top_eigenpair`.
     - `tol`: relative residual to reach, as in `top_eigenpairs`.
 
     **Raises** `ValueError` for `products` below 1, or beside `tol`.
@@ -71,12 +74,13 @@ def sharpness(
     ```
     """
     check_products(products, tol)
+    check_mesh(params, "params")
     return _sharpness(loss, params, args, guess, products, tol)
 
 
 @compiled
 def _sharpness(loss, params, args, guess, products, tol) -> Eigenpair:
-    guess = random_direction(params) if guess is None else guess
+    guess = starting_direction(params) if guess is None else guess
     at = lambda w: loss(w, *args)
     return _largest(lambda v: hvp(at, params, v), guess, products, tol)
 
@@ -127,7 +131,9 @@ def hessian_eigenpairs(
     ```
     """
     guess = starting_directions(params, k, guess)
-    return top_eigenpairs(lambda v: hvp(loss, params, v), guess, tol=tol)
+    return _laid_out(
+        top_eigenpairs(lambda v: hvp(loss, params, v), guess, tol=tol), params
+    )
 
 
 def sharpness_ratio(
@@ -167,12 +173,13 @@ def sharpness_ratio(
     ```
     """
     check_products(products, tol)
+    check_mesh(state.params, "params")
     return _ratio(dynamics, state, lr, grad, guess, products, tol)
 
 
 @compiled
 def _ratio(dynamics, state, lr, grad, guess, products, tol) -> Eigenpair:
-    guess = random_direction(state.params) if guess is None else guess
+    guess = starting_direction(state.params) if guess is None else guess
     matvec = _preconditioned(dynamics, state, lr=lr, grad=grad)
     return _largest(matvec, guess, products, tol)
 
@@ -208,7 +215,13 @@ def preconditioned_eigenpairs(
     """
     guess = starting_directions(state.params, k, guess)
     matvec = _preconditioned(dynamics, state, lr=lr, grad=grad)
-    return top_eigenpairs(matvec, guess, tol=tol)
+    return _laid_out(top_eigenpairs(matvec, guess, tol=tol), state.params)
+
+
+def _laid_out(pairs: Eigenpairs, params: PyTree) -> Eigenpairs:
+    """Each vector over devices as the parameters are."""
+    vectors = jax.vmap(alike, (0, None))(pairs.vectors, params)
+    return pairs._replace(vectors=vectors)
 
 
 def _preconditioned(
@@ -234,19 +247,20 @@ def _preconditioned(
     return matvec
 
 
-def random_direction(params: PyTree) -> PyTree:
+def starting_direction(params: PyTree) -> PyTree:
     """A fixed random vector like `params`, to start an iteration from."""
-    return optax.tree.random_like(jax.random.key(0), params)
+    return random_direction(jax.random.key(0), params)
 
 
 def starting_directions(params: PyTree, k: int, guess: PyTree | None = None) -> PyTree:
     """`guess`, checked, or k fixed random vectors like `params`."""
+    check_mesh(params, "params")
     size = optax.tree.size(params)
     if not 1 <= k <= size:
         raise ValueError(f"k must be between 1 and the {size} parameters; got {k}")
     like = jax.tree.map(lambda x: jnp.broadcast_to(x, (k, *jnp.shape(x))), params)
     if guess is None:
-        return random_direction(like)
+        return starting_direction(like)
     if jax.tree.map(jnp.shape, guess) != jax.tree.map(jnp.shape, like):
         raise ValueError(
             f"guess must be a pytree like the parameters with a leading axis k = {k}"

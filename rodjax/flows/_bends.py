@@ -5,7 +5,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, PyTree
 
 from rodjax.flows._tracking import Tracked
 
@@ -13,17 +13,17 @@ from rodjax.flows._tracking import Tracked
 # edge of 2, even at 0.1 a step; their third derivatives are left out.
 NEAR = 1.9
 
-Slope = Callable[[Float[Array, " d"]], Float[Array, " d"]]
+Slope = Callable[[PyTree], PyTree]
 
 
-def third_derivatives(
-    slope_of: Slope, point: Float[Array, " d"], tracked: Tracked
-) -> Float[Array, "k k d"]:
+def third_derivatives(slope_of: Slope, point: PyTree, tracked: Tracked) -> PyTree:
     """T[u_i, u_j] for the directions that could be at the edge; zero for others.
+
+    The pairs i, j in the order of a matrix [k, k], on a leading axis of k^2.
 
     They are the costliest part of the field, so their number is decided as it runs.
     """
-    count = len(tracked.directions)
+    count = len(tracked.curvature)
     sizes = jnp.abs(tracked.curvature)
     # Gershgorin: what lies below NEAR even so is left out, with all that follow.
     reach = jnp.sum(sizes, 1) - jnp.diag(sizes) + jnp.diag(tracked.curvature)
@@ -32,8 +32,9 @@ def third_derivatives(
     slope_of = eqx.filter_closure_convert(slope_of, point)
     found = _bends(slope_of, point, tracked.directions, active)
     place = {pair: n for n, pair in enumerate(_pairs(count))}
-    index = [[place[min(i, j), max(i, j)] for j in range(count)] for i in range(count)]
-    return found[jnp.asarray(index)]
+    each = [(i, j) for i in range(count) for j in range(count)]
+    index = jnp.asarray([place[min(pair), max(pair)] for pair in each])
+    return jax.tree.map(lambda x: x[index], found)
 
 
 def _pairs(count: int) -> list[tuple[int, int]]:
@@ -41,30 +42,26 @@ def _pairs(count: int) -> list[tuple[int, int]]:
     return [(i, j) for j in range(count) for i in range(j + 1)]
 
 
-def _bend(
-    slope_of: Slope,
-    point: Float[Array, " d"],
-    u: Float[Array, " d"],
-    v: Float[Array, " d"],
-) -> Float[Array, " d"]:
+def _bend(slope_of: Slope, point: PyTree, u: PyTree, v: PyTree) -> PyTree:
     along = lambda x: jax.jvp(slope_of, (x,), (u,))[1]
     return jax.jvp(along, (point,), (v,))[1]
 
 
+def _take(rows: PyTree, i: Array) -> PyTree:
+    return jax.tree.map(lambda x: x[i], rows)
+
+
 @eqx.filter_custom_jvp
-def _bends(
-    slope_of: Slope,
-    point: Float[Array, " d"],
-    u: Float[Array, "k d"],
-    active: Int[Array, ""],
-) -> Float[Array, "pairs d"]:
+def _bends(slope_of: Slope, point: PyTree, u: PyTree, active: Int[Array, ""]) -> PyTree:
     """The bends of all pairs of the first `active` directions, then zeros."""
-    first, second = jnp.asarray(_pairs(len(u))).T
+    pairs = jnp.asarray(_pairs(len(jax.tree.leaves(u)[0])))
 
     def bend(n, bends):
-        return bends.at[n].set(_bend(slope_of, point, u[first[n]], u[second[n]]))
+        new = _bend(slope_of, point, *(_take(u, i) for i in pairs[n]))
+        return jax.tree.map(lambda x, y: x.at[n].set(y), bends, new)
 
-    found = jnp.zeros((len(first), point.size), point.dtype)
+    blank = lambda x: jnp.zeros((len(pairs), *x.shape), x.dtype)
+    found = jax.tree.map(blank, point)
     return jax.lax.fori_loop(0, active * (active + 1) // 2, bend, found)
 
 
@@ -76,15 +73,16 @@ def _bends_jvp(primals: tuple, tangents: tuple) -> tuple:
         lambda t: t is not None, tangents[:3], is_leaf=lambda t: t is None
     )
     moving, fixed = eqx.partition(tuple(parts), given)
-    first, second = jnp.asarray(_pairs(len(parts[2]))).T
+    pairs = jnp.asarray(_pairs(len(jax.tree.leaves(parts[2])[0])))
 
     def all_bends(moving):
         slope_of, point, u = eqx.combine(moving, fixed)
 
         def bend(n):
-            there = lambda: _bend(slope_of, point, u[first[n]], u[second[n]])
-            return jax.lax.cond(second[n] < active, there, lambda: 0 * point)
+            there = lambda: _bend(slope_of, point, *(_take(u, i) for i in pairs[n]))
+            nothing = lambda: jax.tree.map(jnp.zeros_like, point)
+            return jax.lax.cond(pairs[n, 1] < active, there, nothing)
 
-        return jax.lax.map(bend, jnp.arange(len(first)))
+        return jax.lax.map(bend, jnp.arange(len(pairs)))
 
     return jax.jvp(all_bends, (moving,), (tangents[:3],))

@@ -7,14 +7,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from rodjax.flows._bends import third_derivatives
 from rodjax.flows._flow import Flow, moving
 from rodjax.flows._scope import preconditioned_start
 from rodjax.flows._tracking import STEEPEST, Tracked, top_directions, turn
-from rodjax.linalg import Complementary, complementarity, cubature, root, square_root
+from rodjax.linalg import (
+    Complementary,
+    alike,
+    combine,
+    complementarity,
+    cubature,
+    dot,
+    gram,
+    root,
+    square_root,
+)
 from rodjax.optimizer import (
     Dynamics,
     State,
@@ -38,21 +47,21 @@ class CentralState(NamedTuple):
 
     - `mean`: the optimizer state at the centre; its second moments are those that the
       next step divides by, after their update.
-    - `directions`: [k, d], rows U with U P U^T = I along the largest eigenvalues of
-      P^-1 H, on the ravelled parameters.
+    - `directions`: U with U P U^T = I along the largest eigenvalues of P^-1 H, pytrees
+      like the parameters on a leading axis k.
     """
 
     mean: State
-    directions: Float[Array, "k d"]
+    directions: PyTree
 
 
 class _Moment(NamedTuple):
     """What the field and the observation both need at one state."""
 
-    slope: Float[Array, " d"]
-    inverse: Float[Array, " d"]
+    slope: PyTree
+    inverse: PyTree
     tracked: Tracked
-    bends: Float[Array, "k k d"]
+    bends: PyTree
     answer: Complementary
 
 
@@ -123,67 +132,73 @@ def central(dynamics: Dynamics, *, rank: int = 3, gamma: float = 4.0) -> Flow:
 
     def look(y: CentralState, lr: PyTree) -> _Moment:
         mean = y.mean
-        point, unravel = ravel_pytree(mean.params)
-        slope_of = for_loops(jax.grad(lambda x: dynamics.loss(unravel(x))))
+        slope_of = for_loops(jax.grad(dynamics.loss))
 
         def inverse_of(slow, clock):
             state = mean._replace(slow=slow, clock=clock)
-            inverse = ravel_pytree(inverse_preconditioner(dynamics, state, lr=lr))[0]
+            inverse = inverse_preconditioner(dynamics, state, lr=lr)
             # A learning rate of zero, as at the start of a warm-up, has no inverse.
-            return jnp.maximum(inverse, 1.0 / STEEPEST)
+            return jax.tree.map(lambda x: jnp.maximum(x, 1.0 / STEEPEST), inverse)
 
-        slope, curve = jax.linearize(slope_of, point)
+        slope, curve = jax.linearize(slope_of, mean.params)
         inverse = inverse_of(mean.slow, mean.clock)
         tracked = turn(curve, inverse, y.directions)
-        u, count = tracked.directions, len(tracked.directions)
-        bends = third_derivatives(slope_of, point, tracked)
+        u, count = tracked.directions, len(tracked.curvature)
+        bends = third_derivatives(slope_of, mean.params, tracked)
 
         # How the preconditioner drifts without oscillation, and how X moves it.
         ticks = optax.tree.ones_like(mean.clock)
-        square = jnp.square
 
         def preconditioner_rate(d_slow, d_clock):
             _, rate = jax.jvp(inverse_of, (mean.slow, mean.clock), (d_slow, d_clock))
-            return -rate / inverse / inverse
+            return jax.tree.map(lambda r, p: -r / p / p, rate, inverse)
 
         def moved_by(pair):
             # At the edge H u = 2 P u, which makes B symmetric.
-            extra = unravel(4.0 * pair / inverse / inverse)
+            extra = jax.tree.map(lambda x, p: 4.0 * x / p / p, pair, inverse)
             still = optax.tree.ones_like(mean.params)
             rate = lambda e: settle(mean, e, lr)
             _, d_slow = jax.jvp(rate, (still,), (extra,))
             return preconditioner_rate(d_slow, optax.tree.zeros_like(ticks))
 
-        drift = preconditioner_rate(settle(mean, unravel(square(slope)), lr), ticks)
-        # Linear in time P would fall to zero where, as in a warm-up, it halves or more.
-        drift = jnp.maximum(drift, -0.5 * gamma / inverse)
-        a = (
-            2.0 * jnp.eye(count, dtype=u.dtype)
-            - tracked.curvature
-            + (2.0 * (u * drift[None]) @ u.T + bends @ (inverse * slope)) / gamma
+        drift = preconditioner_rate(
+            settle(mean, jax.tree.map(jnp.square, slope), lr), ticks
         )
-        flat = bends.reshape(-1, bends.shape[-1])
-        b = 0.5 * (flat * inverse[None]) @ flat.T
+        # Linear in time P would fall to zero where, as in a warm-up, it halves or more.
+        drift = jax.tree.map(
+            lambda d, p: jnp.maximum(d, -0.5 * gamma / p), drift, inverse
+        )
+        pull = jax.vmap(lambda bend: dot(bend, optax.tree.mul(inverse, slope)))(bends)
+        pull = pull.reshape(count, count)
+        a = (
+            2.0 * jnp.eye(count, dtype=tracked.curvature.dtype)
+            - tracked.curvature
+            + (2.0 * gram(_times(drift, u), u) + pull) / gamma
+        )
+        b = 0.5 * gram(_times(inverse, bends), bends)
         if jax.tree.leaves(mean.slow):
-            products = (u[:, None] * u[None]).reshape(flat.shape)
-            b = b + 2.0 * products @ jax.vmap(moved_by)(products).T
+            first, second = jnp.divmod(jnp.arange(count**2), count)
+            products = jax.tree.map(lambda x: x[first] * x[second], u)
+            b = b + 2.0 * gram(products, jax.vmap(moved_by)(products))
         b = b.reshape((count,) * 4) / gamma
         return _Moment(slope, inverse, tracked, bends, complementarity(a, b))
 
     def vector_field(t, y: CentralState, lr: PyTree) -> CentralState:
         seen = look(y, lr)
-        unravel = ravel_pytree(y.mean.params)[1]
-        push = jnp.tensordot(seen.answer.x, seen.bends, 2)
-        step = -seen.inverse * (seen.slope + 0.5 * push)
-        images = seen.tracked.images
-        squares = jnp.square(seen.slope) + jnp.sum(
-            images * (seen.answer.x @ images), axis=0
+        push = combine(seen.answer.x.reshape(1, -1), seen.bends)
+        step = jax.tree.map(
+            lambda p, g, b: -p * (g + 0.5 * b[0]), seen.inverse, seen.slope, push
         )
+        images = seen.tracked.images
         # Positive in exact arithmetic.
-        squares = unravel(jnp.maximum(squares, 0.0))
-        field = moving(y.mean, unravel(step))
+        squares = jax.tree.map(
+            lambda g, h, xh: jnp.maximum(jnp.square(g) + jnp.sum(h * xh, 0), 0.0),
+            *(seen.slope, images, combine(seen.answer.x, images)),
+        )
+        field = moving(y.mean, step)
         field = field._replace(slow=settle(y.mean, squares, lr))
-        return CentralState(field, seen.tracked.rate)
+        rate = jax.vmap(alike, (0, None))(seen.tracked.rate, y.mean.params)
+        return CentralState(field, rate)
 
     def init(start: PyTree | Window, *, lr: PyTree, key: Array) -> CentralState:
         mean = preconditioned_start(dynamics, start, "central", lr=lr)
@@ -197,10 +212,9 @@ def central(dynamics: Dynamics, *, rank: int = 3, gamma: float = 4.0) -> Flow:
     def observe(y: CentralState, *, lr: PyTree) -> tuple[PyTree, dict[str, Array]]:
         seen = look(y, lr)
         x, tracked = seen.answer.x, seen.tracked
-        unravel = ravel_pytree(y.mean.params)[1]
-        rows = jax.vmap(unravel)(root(x).T @ tracked.directions)
-        power = seen.slope @ seen.slope + jnp.sum(
-            x * (tracked.images @ tracked.images.T)
+        rows = combine(root(x).T, tracked.directions)
+        power = dot(seen.slope, seen.slope) + jnp.sum(
+            x * gram(tracked.images, tracked.images)
         )
         report = {
             "predicted_loss": dynamics.loss(y.mean.params)
@@ -219,3 +233,8 @@ def central(dynamics: Dynamics, *, rank: int = 3, gamma: float = 4.0) -> Flow:
         evaluations=1,
         products=float("nan"),
     )
+
+
+def _times(weight: PyTree, rows: PyTree) -> PyTree:
+    """Each of the rows times `weight`, coordinate by coordinate."""
+    return jax.tree.map(lambda w, x: w[None] * x, weight, rows)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PyTree
 
 from rodjax.flows._flow import Floor, Flow, centre_of, floor_size, shift, stack
 from rodjax.flows._scope import warn_of_period
+from rodjax.linalg import dot, random_direction
 from rodjax.optimizer import Dynamics, State, Window, alternating
 
 
@@ -80,7 +81,7 @@ def edge(dynamics: Dynamics, *, floor: Floor = None) -> Flow:
         change = jax.tree.map(lambda x: jnp.where(jnp.isnan(x), 0.0, x), change)
         # M u = -(u + F' u), and M u - (u . M u) u leaves the first u out.
         turned = optax.tree.scale(-1.0, change)
-        growth = optax.tree.vdot(unit, turned)
+        growth = dot(unit, turned)
         short = jnp.maximum(least(y.mean.params, lr) - y.radius, 0.0)
         return EdgeState(
             mean=jax.tree.map(lambda p, m: 0.5 * (p + m), plus, minus),
@@ -99,7 +100,7 @@ def edge(dynamics: Dynamics, *, floor: Floor = None) -> Flow:
             else optax.tree.zeros_like(mean.phase)
         )
         # The iterates' own part may be rounding: all directions take part.
-        noise = _unit(optax.tree.random_like(key, mean.params))
+        noise = _unit(random_direction(key, mean.params))
         apart = (
             optax.tree.add_scale(apart[0], least(mean.params, lr), noise),
             *apart[1:],

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Complex, Float, PyTree
+from jaxtyping import Array, Complex, PyTree
 
 from rodjax.curvature import hessian_eigenpairs
 from rodjax.flows._backward_error import half_step_earlier
@@ -16,7 +16,7 @@ from rodjax.flows._flow import Flow, moving
 from rodjax.flows._logarithm import principal_coefficient
 from rodjax.flows._scope import check_precision, gradient_descent_start
 from rodjax.flows._tracking import turn, with_sign
-from rodjax.linalg import flatten
+from rodjax.linalg import combine, dot
 from rodjax.optimizer import Dynamics, Loss, State, for_loops, learning_rate
 
 # Where eta l = 1 one step ends a direction, at an infinite rate. The least |1 - eta l|
@@ -40,11 +40,12 @@ class TopState(NamedTuple):
     """State of the principal flow on the top eigenspace.
 
     - `mean`: the optimizer state.
-    - `directions`: [k, d], rows along the top eigenvectors of the Hessian.
+    - `directions`: along the top eigenvectors of the Hessian, pytrees like the
+      parameters on a leading axis k.
     """
 
     mean: State
-    directions: Float[Array, "k d"]
+    directions: PyTree
 
 
 def principal(dynamics: Dynamics, *, rank: int | None = None) -> Flow:
@@ -171,23 +172,27 @@ def _top(dynamics: Dynamics, count: int) -> Flow:
         check_precision(mean.params, "principal")
         few = min(count, optax.tree.size(mean.params))
         pairs = hessian_eigenpairs(dynamics.loss, mean.params, few)
-        return TopState(mean, with_sign(flatten(pairs.vectors)))
+        return TopState(mean, with_sign(pairs.vectors))
 
     def vector_field(t, y: TopState, lr: PyTree) -> TopState:
         rate = learning_rate(dynamics, half_step_earlier(y.mean), lr=lr)
-        point, unravel = ravel_pytree(y.mean.params)
-        slope_of = for_loops(jax.grad(lambda x: dynamics.loss(unravel(x))))
-        slope, curve = jax.linearize(slope_of, point)
-        step = -rate * slope
+        params = y.mean.params
+        slope, curve = jax.linearize(for_loops(jax.grad(dynamics.loss)), params)
+        scaled = lambda v: optax.tree.scale(rate, v)
+        step = scaled(optax.tree.scale(-1.0, slope))
         # Not as a preconditioner, by which a schedule that starts at zero is infinite.
-        seen = turn(lambda v: rate * curve(v), jnp.ones_like(point), y.directions)
+        ones = optax.tree.ones_like(params)
+        seen = turn(lambda v: scaled(curve(v)), ones, y.directions)
         values, inside = jnp.linalg.eigh(seen.curvature)
-        vectors = inside.T @ seen.directions
-        along = vectors @ step
+        vectors = combine(inside.T, seen.directions)
+        along = jax.vmap(lambda v: dot(v, step))(vectors)
         series = -1.0 - 0.5 * values
         extra = jnp.real(principal_coefficient(values, LEAST)) - series
-        move = step + 0.5 * rate * curve(step) - (extra * along) @ vectors
-        return TopState(moving(y.mean, unravel(move)), seen.rate)
+        more = combine((extra * along)[None], vectors)
+        move = jax.tree.map(
+            lambda s, h, m: s + 0.5 * rate * h - m[0], step, curve(step), more
+        )
+        return TopState(moving(y.mean, move), seen.rate)
 
     return Flow(
         init=init,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from rodjax.flows._flow import Flow, half_step_back, shift, stack
 from rodjax.flows._scope import warn_of_period
-from rodjax.linalg import cubature, flatten, tangent, unflatten
+from rodjax.linalg import cubature, random_direction, tangent
 from rodjax.optimizer import (
     Dynamics,
     State,
@@ -117,13 +117,13 @@ def rod(
         steps = jax.tree.map(
             lambda s, d: jnp.concatenate([s[None], d]), drift.phase, halves
         )
-        # Column j of V holds step j flat: M = V V^T - 2 Sigma.
-        columns = flatten(steps) / 2**0.5
+        # Column j of V is step j: M = V V^T - 2 Sigma.
+        columns = jax.tree.map(lambda x: x / 2**0.5, steps)
         if dense:
-            grow = columns.T @ columns - 2.0 * y.extent
+            flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(columns)
+            grow = flat.T @ flat - 2.0 * y.extent
         else:
-            rows = tangent(columns, flatten(y.extent))
-            grow = unflatten(rows, y.extent)
+            grow = tangent(columns, y.extent)
         if bea:
             drift, _ = spread(half_step_back(y.mean, drift), rods, lr)
         return RodState(drift, grow)
@@ -153,7 +153,7 @@ def rod(
         columns = [half] if rank == 1 else [drift]
         size = SPARE * optax.tree.norm(half)
         for j, spare in enumerate(jax.random.split(key, rank - 1)):
-            noise = optax.tree.random_like(spare, mean.phase)
+            noise = random_direction(spare, mean.phase)
             noise = optax.tree.scale(size / optax.tree.norm(noise), noise)
             columns.append(optax.tree.add(noise, flip) if j == 0 else noise)
         return RodState(mean, stack(*columns))

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.curvature import preconditioned_eigenpairs
-from rodjax.linalg import flatten, orthonormal
+from rodjax.linalg import combine, gram, orthonormal
 from rodjax.optimizer import Dynamics, State, coordinate_thresholds
 
 # Rate per step at which directions turn, in units of the eigenvalues of P^-1 H, and at
@@ -23,21 +23,19 @@ STEEPEST = 1e15
 class Tracked(NamedTuple):
     """The tracked directions and what the Hessian makes of them.
 
-    - `directions`: [k, d], rows U with U P U^T = I.
-    - `images`: [k, d], H U. `curvature`: [k, k], U H U^T.
-    - `rate`: [k, d], dU/dt of the carried directions.
+    - `directions`: U with U P U^T = I, k pytrees like the parameters on a leading axis.
+    - `images`: likewise, H U. `curvature`: [k, k], U H U^T.
+    - `rate`: likewise, dU/dt of the carried directions.
     """
 
-    directions: Float[Array, "k d"]
-    images: Float[Array, "k d"]
+    directions: PyTree
+    images: PyTree
     curvature: Float[Array, "k k"]
-    rate: Float[Array, "k d"]
+    rate: PyTree
 
 
 def turn(
-    curve: Callable[[Float[Array, " d"]], Float[Array, " d"]],
-    inverse: Float[Array, " d"],
-    carried: Float[Array, "k d"],
+    curve: Callable[[PyTree], PyTree], inverse: PyTree, carried: PyTree
 ) -> Tracked:
     """One look at the Hessian `curve`: k products, for its use and for the tracking.
 
@@ -45,19 +43,25 @@ def turn(
     eigenvectors of descending eigenvalues: with A = U H U^T and P^-1 = diag(inverse),
     du_i/dt = rate (P^-1 H u_i - A_ii u_i - 2 sum_{j<i} A_ij u_j).
     """
-    u = orthonormal(carried, 1.0 / inverse)
+    u = orthonormal(carried, jax.tree.map(lambda x: 1.0 / x, inverse))
     images = jax.vmap(curve)(u)
-    curvature = images @ u.T
+    curvature = gram(images, u)
     curvature = 0.5 * (curvature + curvature.T)
-    kept = 2.0 * jnp.tril(curvature, -1) + jnp.diag(jnp.diag(curvature))
-    outside = inverse[None] * images - kept @ u
-    return Tracked(u, images, curvature, RATE * (outside + (u - carried)))
+    kept = combine(2.0 * jnp.tril(curvature, -1) + jnp.diag(jnp.diag(curvature)), u)
+    rate = jax.tree.map(
+        lambda p, h, k, u, c: RATE * (p[None] * h - k + (u - c)),
+        *(inverse, images, kept, u, carried),
+    )
+    return Tracked(u, images, curvature, rate)
 
 
 def top_directions(
     dynamics: Dynamics, state: State, count: int, *, lr: PyTree
-) -> Float[Array, "k d"]:
-    """The `count` top eigenvectors of P^-1 H at `state` as rows; fewer if d is less."""
+) -> PyTree:
+    """The `count` top eigenvectors of P^-1 H at `state`, on a leading axis.
+
+    Fewer if there are fewer parameters.
+    """
     count = min(count, optax.tree.size(state.params))
     # A learning rate of zero, as at the start of a warm-up, has no edge.
     edges = jax.tree.map(
@@ -69,13 +73,18 @@ def top_directions(
     vectors = jax.tree.map(
         lambda v, e: v * jax.lax.rsqrt(0.5 * e)[None], pairs.vectors, edges
     )
-    return with_sign(flatten(vectors))
+    return with_sign(vectors)
 
 
-def with_sign(rows: Float[Array, "k d"]) -> Float[Array, "k d"]:
+def with_sign(rows: PyTree) -> PyTree:
     """The rows, each with its largest entry positive.
 
     An eigenvector has no sign of its own, and a batched solver may choose another.
     """
-    largest = jnp.take_along_axis(rows, jnp.argmax(jnp.abs(rows), 1)[:, None], 1)
-    return rows * jnp.sign(largest)
+
+    def one(row: PyTree) -> PyTree:
+        most = lambda by: optax.tree.max(jax.tree.map(lambda x: by * x, row))
+        sign = jnp.where(most(1) < most(-1), -1, 1)
+        return jax.tree.map(lambda x: sign.astype(x.dtype) * x, row)
+
+    return jax.vmap(one)(rows)

@@ -10,31 +10,29 @@ from rodjax.linalg._complementarity import Complementary, complementarity
 from rodjax.linalg._eigen import Eigenpair, Eigenpairs, top_eigenpair, top_eigenpairs
 from rodjax.linalg._elimination import root
 from rodjax.linalg._length import length, square_root
-from rodjax.linalg._lowrank import (
-    cubature,
-    flatten,
-    orthonormal,
-    tangent,
-    unflatten,
-)
-from rodjax.linalg._refine import dot, refined_eigenpair, unit
+from rodjax.linalg._lowrank import cubature, orthonormal, tangent
+from rodjax.linalg._refine import refined_eigenpair
+from rodjax.linalg._rows import combine, gram
+from rodjax.linalg._trees import alike, dot, random_direction, unit
 
 __all__ = [
     "Complementary",
     "Eigenpair",
     "Eigenpairs",
+    "alike",
+    "combine",
     "complementarity",
     "cubature",
     "dot",
-    "flatten",
+    "gram",
     "length",
     "orthonormal",
+    "random_direction",
     "refined_eigenpair",
     "root",
     "square_root",
     "tangent",
     "top_eigenpair",
     "top_eigenpairs",
-    "unflatten",
     "unit",
 ]

@@ -2,24 +2,15 @@
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from rodjax.linalg._elimination import inverse
 from rodjax.linalg._length import square_root
+from rodjax.linalg._rows import combine, gram, weigh
+from rodjax.linalg._trees import dot
 
 # Least ridge on the rows' Gram matrix: more of it and a spare row cannot grow.
 RIDGE = 1e-8
-
-
-def flatten(stacked: PyTree) -> Float[Array, "k d"]:
-    """Pytrees stacked on a leading axis, each as one row."""
-    return jax.vmap(lambda tree: ravel_pytree(tree)[0])(stacked)
-
-
-def unflatten(rows: Float[Array, "k d"], like: PyTree) -> PyTree:
-    """The inverse of `flatten`, structured as the stacked `like`."""
-    return jax.vmap(ravel_pytree(jax.tree.map(lambda x: x[0], like))[1])(rows)
 
 
 def cubature(centre: PyTree, rows: PyTree) -> PyTree:
@@ -35,39 +26,40 @@ def cubature(centre: PyTree, rows: PyTree) -> PyTree:
     )
 
 
-def tangent(
-    steps: Float[Array, "k d"], rows: Float[Array, "r d"]
-) -> Float[Array, "r d"]:
+def tangent(steps: PyTree, rows: PyTree) -> PyTree:
     """dU/dt such that U^T U keeps its rank and follows dSigma/dt as nearly as it can.
 
-    For dSigma/dt = V^T V - 2 Sigma, V = `steps` and U = `rows`, by projection onto the
-    tangent space of matrices of rank r.
+    For dSigma/dt = V^T V - 2 Sigma, V = `steps` and U = `rows`, pytrees on a leading
+    axis, by projection onto the tangent space of matrices of rank r.
     """
     # Scaled to unit length, a tiny row is as well determined as a long one.
-    length = square_root(jnp.sum(rows * rows, axis=1, keepdims=True))
-    length = jnp.maximum(length, jnp.finfo(rows.dtype).tiny)
-    unit = rows / length
-    ridge = max(RIDGE, 8.0 * float(jnp.finfo(rows.dtype).eps))
-    gram = unit @ unit.T + ridge * jnp.eye(len(rows), dtype=rows.dtype)
-    inverted = inverse(gram)
+    length = square_root(jax.vmap(dot)(rows, rows))
+    length = jnp.maximum(length, float(jnp.finfo(length.dtype).tiny))
+    unit = weigh(1 / length, rows)
+    ridge = max(RIDGE, 8.0 * float(jnp.finfo(length.dtype).eps))
+    inner = gram(unit, unit) + ridge * jnp.eye(len(length), dtype=length.dtype)
+    inverted = inverse(inner)
     # C^-1 U V^T V, still scaled.
-    push = inverted @ ((unit @ steps.T) @ steps) / length
-    inside = (inverted @ (unit @ push.T)).T @ unit
-    return push - 0.5 * inside - rows
+    push = weigh(1 / length, combine(inverted @ gram(unit, steps), steps))
+    inside = combine((inverted @ gram(unit, push)).T, unit)
+    return jax.tree.map(lambda p, i, u: p - 0.5 * i - u, push, inside, rows)
 
 
-def orthonormal(
-    rows: Float[Array, "k d"], weight: Float[Array, " d"]
-) -> Float[Array, "k d"]:
+def orthonormal(rows: PyTree, weight: PyTree) -> PyTree:
     """The rows, each without the ones before it, with u_i . weight u_j = (i == j).
 
-    By modified Gram-Schmidt, unrolled: the rows are few and nearly orthonormal.
+    Of pytrees on a leading axis, and a `weight` like one of them. By modified
+    Gram-Schmidt, unrolled: the rows are few and nearly orthonormal.
     """
-    done: list[Array] = []
-    for row in rows:
-        rest = row
+    times = lambda x: jax.tree.map(jnp.multiply, weight, x)
+    done: list[PyTree] = []
+    for i in range(len(jax.tree.leaves(rows)[0])):
+        rest = jax.tree.map(lambda x, i=i: x[i], rows)
         for other in done:
-            rest = rest - ((other * weight) @ rest) * other
-        size = jnp.maximum(rest @ (weight * rest), jnp.finfo(rows.dtype).tiny)
-        done.append(rest * jax.lax.rsqrt(size))
-    return jnp.stack(done)
+            part = dot(times(other), rest)
+            rest = jax.tree.map(lambda x, y, by=part: x - by * y, rest, other)
+        square = dot(rest, times(rest))
+        square = jnp.maximum(square, float(jnp.finfo(square.dtype).tiny))
+        root = jax.lax.rsqrt(square)
+        done.append(jax.tree.map(lambda x, by=root: by * x, rest))
+    return jax.tree.map(lambda *x: jnp.stack(x), *done)

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.linalg._eigen import Eigenpair
+from rodjax.linalg._trees import alike, dot, norm, over, random_direction, unit
 
 # Products between two restarts, each of which is a vector in memory.
 CYCLE = 3
@@ -61,11 +61,11 @@ def refined_eigenpair(
         return jax.tree.map(wide, matvec(jax.tree.map(jnp.astype, v, narrow)))
 
     guess = jax.tree.map(wide, guess)
-    size = _length(guess)
+    size = norm(guess)
     vector = jax.lax.cond(
         (size > 0) & jnp.isfinite(size),
         lambda: guess,
-        lambda: optax.tree.random_like(jax.random.key(0), guess),
+        lambda: random_direction(jax.random.key(0), guess),
     )
     vector = unit(vector)
     rounds, few = divmod(products, CYCLE)
@@ -76,7 +76,8 @@ def refined_eigenpair(
         again = lambda _, pair: _cycle(product, pair.vector, CYCLE)
         pair = _cycle(product, pair.vector, CYCLE)
         pair = jax.lax.fori_loop(1, rounds, again, pair)
-    return pair._replace(vector=jax.tree.map(jnp.astype, pair.vector, narrow))
+    vector = alike(jax.tree.map(jnp.astype, pair.vector, narrow), guess)
+    return pair._replace(vector=vector)
 
 
 def _cycle(product: Callable[[PyTree], PyTree], start: PyTree, m: int) -> Eigenpair:
@@ -90,7 +91,7 @@ def _cycle(product: Callable[[PyTree], PyTree], start: PyTree, m: int) -> Eigenp
     def step(j: Array, carry: tuple):
         basis, inside, _, _ = carry
         image = product(jax.tree.map(lambda x: x[j], basis))
-        whole = _length(image)
+        whole = norm(image)
         along = _along(basis, image)
         rest = _less(image, along, basis)
 
@@ -99,12 +100,12 @@ def _cycle(product: Callable[[PyTree], PyTree], start: PyTree, m: int) -> Eigenp
             return _less(rest, missed, basis), along + missed
 
         rest, along = jax.lax.cond(
-            _length(rest) < LOST * whole, once_more, lambda: (rest, along)
+            norm(rest) < LOST * whole, once_more, lambda: (rest, along)
         )
-        left = _length(rest)
+        left = norm(rest)
         # Of what is rounding alone a vector would be made that is in the basis already.
         left = jnp.where(left > ENDED * jnp.finfo(dtype).eps * whole, left, 0)
-        new = jax.tree.map(lambda x: jnp.where(left > 0, x, 0), _over(rest, left))
+        new = jax.tree.map(lambda x: jnp.where(left > 0, x, 0), over(rest, left))
         # The last has no place in the basis any more.
         put = lambda x, y: x.at[jnp.where(j + 1 < m, j + 1, m)].set(y, mode="drop")
         return jax.tree.map(put, basis, new), inside.at[:, j].set(along), left, new
@@ -131,17 +132,6 @@ def _cycle(product: Callable[[PyTree], PyTree], start: PyTree, m: int) -> Eigenp
     return Eigenpair(value, unit(vector), leak / scale)
 
 
-def dot(a: PyTree, b: PyTree) -> Float[Array, ""]:
-    """The inner product of two pytrees, leaf by leaf: no leaf changes its shape."""
-    parts = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
-    return jnp.sum(jnp.stack(jax.tree.leaves(parts)))
-
-
-def unit(tree: PyTree) -> PyTree:
-    """Of unit length, whatever its scale; as it is where it is zero."""
-    return _over(tree, _length(tree))
-
-
 def _along(basis: PyTree, tree: PyTree) -> Float[Array, " m"]:
     """The inner products of a vector with those of the basis."""
     return jax.vmap(lambda row: dot(row, tree))(basis)
@@ -156,17 +146,3 @@ def _less(tree: PyTree, along: Array, basis: PyTree) -> PyTree:
         return x
 
     return jax.tree.map(each, tree, basis)
-
-
-def _length(tree: PyTree) -> Float[Array, ""]:
-    """The Euclidean norm, where squares would over- or underflow too."""
-    largest = lambda x: jnp.max(jnp.abs(x), initial=0.0)
-    size = jnp.max(jnp.stack([largest(x) for x in jax.tree.leaves(tree)]))
-    scaled = _over(tree, size)
-    return size * jnp.sqrt(dot(scaled, scaled))
-
-
-def _over(tree: PyTree, size: Array) -> PyTree:
-    """At 1 / size of it; as it is where that is zero."""
-    safe = jnp.where(size > 0, size, 1)
-    return jax.tree.map(lambda x: x / safe.astype(x.dtype), tree)

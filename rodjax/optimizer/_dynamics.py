@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from rodjax.optimizer._angle import angle_of, no_edge_of
 from rodjax.optimizer._clips import clips_of
 from rodjax.optimizer._convolutions import for_loops
+from rodjax.optimizer._sharding import check_mesh
 from rodjax.optimizer._split import PARTS, Kind, OptimizerFactory, split_of
 from rodjax.optimizer._state import State, as_optax, in_floats, merge, split_like
 from rodjax.optimizer._trial import update_with
@@ -257,6 +258,7 @@ def _float_dtype(params: PyTree) -> jnp.dtype:
     leaves = tree_leaves_with_path(params)
     if not leaves:
         raise ValueError("params has no leaves: there is nothing to optimize")
+    check_mesh(params, "params")
     for path, leaf in leaves:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from rodjax.linalg import random_direction
 from rodjax.optimizer._dynamics import Dynamics
 from rodjax.optimizer._state import State, slots_of
 
@@ -132,9 +133,8 @@ def mixing(rest: Rest, linear: LinearMap, slow: PyTree) -> Array:
     Tried on one random direction, in which no two coordinates are alike; and how far
     second moments are from staying at `slow`.
     """
-    draw = optax.tree.random_like
-    phase = jax.tree.leaves(draw(jax.random.key(0), rest.state.phase))
-    grad = jax.tree.leaves(draw(jax.random.key(1), rest.state.params))
+    phase = jax.tree.leaves(random_direction(jax.random.key(0), rest.state.phase))
+    grad = jax.tree.leaves(random_direction(jax.random.key(1), rest.state.params))
     seen = rest.answer(phase, grad)
     apart, size, moved = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
     maps = zip(rest.slots, *map(jax.tree.leaves, (*linear, grad)), strict=True)

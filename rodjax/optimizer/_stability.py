@@ -143,7 +143,7 @@ def learning_rate(
     ```
     """
     first = jax.tree.leaves(inverse_preconditioner(dynamics, state, lr=lr))[0]
-    return first.reshape(-1)[0]
+    return first[(0,) * first.ndim]
 
 
 def over_share(curvature: PyTree, share: PyTree) -> PyTree:

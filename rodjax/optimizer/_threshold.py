@@ -134,10 +134,11 @@ def _first_edge(
         curvature = over_share(
             curvature, let_through(dynamics, rest, linear, grad, lr=lr)
         )
-    flat = lambda tree: jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(tree)])
-    curvatures, angles = flat(curvature), flat(angle)
-    first = jnp.argmin(curvatures)
-    edge = Edges(curvatures[first], angles[first])
+    # Leaf by leaf, which may be sharded over devices.
+    first = optax.tree.min(curvature)
+    theirs = lambda c, a: jnp.where(c == first, a, jnp.inf)
+    turn = optax.tree.min(jax.tree.map(theirs, curvature, angle))
+    edge = Edges(first, jnp.where(jnp.isnan(first), jnp.nan, turn))
     return edge, mixing(rest, linear, state.slow)
 
 
@@ -185,7 +186,7 @@ def alternating_multiplier(
     linear = linearize(dynamics, state, lr=lr)
     edge = edges_of(linear).curvature
     maps = jax.tree.leaves(linear.at(jax.tree.map(lambda e: ratio * e, edge)))[0]
-    first = maps.reshape(-1, *maps.shape[-2:])[0]
+    first = maps[(0,) * (maps.ndim - 2)]
     if first.shape[-1] > 2:
         values = jnp.linalg.eigvals(first)
         sizes = jnp.abs(values)

@@ -11,11 +11,12 @@ from jaxtyping import Array, Float, PyTree
 from rodjax.curvature import (
     hessian_eigenpairs,
     preconditioned_eigenpairs,
-    random_direction,
     sharpness_ratio,
+    starting_direction,
     starting_directions,
 )
 from rodjax.flows import principal_coefficient
+from rodjax.linalg import dot
 from rodjax.optimizer import Dynamics, Loss, for_loops, has_momentum, learning_rate
 from rodjax.solve._trajectory import Metric, Snapshot
 
@@ -113,7 +114,7 @@ def edge_of_stability(dynamics: Dynamics, *, tol: float | None = None) -> Metric
         "residual": "relative residual of the sharpness's eigenpair",
     }
     return Metric(
-        lambda snapshot, *, lr: random_direction(snapshot.centre.params),
+        lambda snapshot, *, lr: starting_direction(snapshot.centre.params),
         update,
         long_names,
     )
@@ -204,7 +205,7 @@ def stability_coefficients(
         pairs = hessian_eigenpairs(dynamics.loss, params, k, guess=guess, tol=tol)
         rate = learning_rate(dynamics, snapshot.centre, lr=lr)
         slope = for_loops(jax.grad(dynamics.loss))(params)
-        along = jnp.abs(jax.vmap(lambda u: optax.tree.vdot(u, slope))(pairs.vectors))
+        along = jnp.abs(jax.vmap(lambda u: dot(u, slope))(pairs.vectors))
         least = float(jnp.finfo(along.dtype).tiny)
         factors = jnp.real(principal_coefficient(rate * pairs.values, least))
         values = factors * along

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from rodjax.curvature import random_direction
+from rodjax.curvature import starting_direction
 from rodjax.linalg import Eigenpair, refined_eigenpair, unit
 from rodjax.optimizer import (
     Dynamics,
@@ -93,7 +93,7 @@ def refined(
     fresh = optax.tree.max(jax.tree.map(jnp.abs, before)) == 0
     guess = jax.lax.cond(
         fresh,
-        lambda: aside(downhill, unit(random_direction(before))),
+        lambda: aside(downhill, unit(starting_direction(before))),
         # Another direction may have become the largest; this one alone stays itself.
         lambda: aside(unit(both(before, inverse)), downhill),
     )

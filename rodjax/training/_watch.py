@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from rodjax.optimizer import widest
+from rodjax.optimizer import check_mesh, widest
 from rodjax.training._inputs import Given, given_to, groups_of, served, taken_by
 from rodjax.training._look import Kept, Plan, probe
 from rodjax.training._quantities import QUANTITIES, TRACKED, checked
@@ -184,6 +184,7 @@ def watch(
         return tuple(n for n in names if n not in ("sharpness_ratio", "oscillation"))
 
     def init(params: PyTree) -> WatchState:
+        check_mesh(params, "params")
         kept, groups, dtype = with_theory(params), groups_of(params, by), widest(params)
         zeros = lambda: optax.tree.zeros_like(params)
         directions = {name: zeros() for name in TRACKED if name in kept}

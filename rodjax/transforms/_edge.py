@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.curvature import hvp
+from rodjax.linalg import dot
 from rodjax.optimizer import for_loops
 from rodjax.transforms._extra import check_numbers, joint_scalar, loss_of_params, times
 
@@ -123,7 +124,7 @@ def edge_gradient_descent(
         updates = times(-rate / 2, optax.tree.add(grad(ends[0]), grad(ends[1])))
 
         image = hvp(loss, params, direction)
-        curvature = optax.tree.vdot(
+        curvature = dot(
             optax.tree.cast(direction, dtype), optax.tree.cast(image, dtype)
         )
         radius = jnp.maximum(
