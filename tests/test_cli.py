@@ -2,8 +2,12 @@
 
 import inspect
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,6 +22,8 @@ from rodjax.cli._run import OF_LIMIT, run
 from rodjax.cli._sweep import sweep
 
 FAST = ["--problem", "scalar-factorization", "--lr", "0.2", "--warmup", "3"]
+FLOWS = ["--flows", "stable,central:1", "--solver", "Midpoint"]
+LONG = [*FAST, "--steps", 8, "--every", 2, *FLOWS]
 FLOW_KEYS = {
     "final_distance",
     "mean_distance",
@@ -25,7 +31,6 @@ FLOW_KEYS = {
     "final_sharpness_ratio",
     "median_sharpness_ratio",
     "update_evaluations",
-    "seconds",
     "diverged_at",
 }
 
@@ -37,8 +42,7 @@ invoke = partial(cli_runner.invoke, "run")
 def finished(tmp_path_factory):
     """A run's directory and what the command said."""
     out = tmp_path_factory.mktemp("runs") / "deep" / "run"
-    flows = ("--flows", "stable,central:1", "--solver", "Midpoint")
-    result = invoke(*FAST, "--steps", 8, "--every", 2, *flows, "--out", out)
+    result = invoke(*LONG, "--out", out)
     assert result.exit_code == 0, result.output
     return out, result
 
@@ -49,12 +53,9 @@ def test_table_and_progress(finished):
     rows = [line.split() for line in result.stdout.splitlines()]
     assert ["limit", "stable", "central:1"] in rows
     said = result.stderr.splitlines()
-    assert [line for line in said if "compiling" in line] == [
-        f"{name}: compiling" for name in ("gd", "limit", "stable", "central:1")
-    ]
-    assert len(said) == 11 and said[-1].startswith(
-        "central:1: 100% 8 of 8 steps, loss "
-    )
+    # Five saved moments, of which the first is the warm-up's end.
+    assert said[0] == "gd: compiling" and len(said) == 5
+    assert said[-1].startswith("gd: 100% 1 alive, 0 diverged, ")
 
 
 def test_it_says_how_to_view_the_result(finished):
@@ -96,6 +97,9 @@ def test_files_and_schema(finished):
         assert data.attrs["every"] == 2 and data.attrs["solver"] == "Midpoint"
         assert data.attrs["rank"] == "each flow's own"
         assert data.loss.dtype == np.float64
+        assert data.flow.values.tolist() == ["run", "stable", "central:1", "limit"]
+        limit = data.distance.sel(flow="limit").values
+        assert limit[-1] == summary["limit"]["final_distance"]
         # Of what other flows do not report.
         assert np.isfinite(data.predicted_loss.sel(flow="central:1").values).all()
         assert np.isnan(data.predicted_loss.sel(flow="stable").values).all()
@@ -109,10 +113,59 @@ def test_results_are_overwritten_only_when_told(finished, tmp_path):
     before = (out / "summary.json").read_text()
     refused = invoke(*arguments)
     assert refused.exit_code == 2
-    assert "--overwrite" in refused.stderr
+    for words in ("steps was 8, is now 2", "flows was [", "--overwrite"):
+        assert words in refused.stderr
     assert (out / "summary.json").read_text() == before
     assert invoke(*arguments, "--overwrite").exit_code == 0
     assert json.loads((out / "summary.json").read_text())["flows"] == {}
+
+
+def test_files_that_say_not_what_they_are_of_are_not_touched(finished, tmp_path):
+    shutil.copy(finished[0] / "plot.png", tmp_path)
+    refused = invoke(*FAST, "--out", tmp_path)
+    assert refused.exit_code == 2
+    assert "already holds plot.png" in refused.stderr
+
+
+def test_a_finished_run_is_told_again(finished, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    for name in ("summary.json", "result.nc", "plot.png"):
+        (out / name).unlink()
+    again = invoke(*LONG, "--out", out)
+    assert again.exit_code == 0, again.output
+    assert f"nothing left to do of 11 steps in {out}" in again.stderr
+    for name in ("summary.json", "result.nc"):
+        assert (out / name).read_bytes() == (finished[0] / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "kills", [1, pytest.param(4, marks=[pytest.mark.slow])], ids=["once", "often"]
+)
+def test_a_killed_run_ends_with_the_same_bits(finished, tmp_path, kills):
+    """By SIGKILL, at any moment after the first chunk is stored."""
+    words = [sys.executable, "-m", "rodjax.cli", "run", *map(str, LONG), "--steps=400"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    start = partial(subprocess.Popen, env=environment, stderr=subprocess.DEVNULL)
+
+    def stored(out):
+        rows = out / "checkpoints" / "rows"
+        return len([p for p in rows.glob("*") if p.name.isdigit()])
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert start([*words, f"--out={whole}"]).wait(300) == 0
+    for kill in range(kills):
+        process, before = start([*words, f"--out={out}"]), stored(out)
+        try:
+            while process.poll() is None and stored(out) < before + 1 + kill % 3:
+                time.sleep(0.002)
+        finally:
+            process.kill()
+            process.wait()
+    assert 0 < stored(out) < 20
+    assert start([*words, f"--out={out}"]).wait(300) == 0
+    for name in ("summary.json", "result.nc"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.slow
@@ -211,7 +264,7 @@ def test_an_optimizer_without_a_threshold_runs_and_is_written(tmp_path):
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "summary.json").read_text())["threshold"] is None
     with xarray.open_dataset(tmp_path / "result.nc", engine="h5netcdf") as data:
-        assert np.isfinite(data.loss.values).all()
+        assert np.isfinite(data.loss.drop_sel(flow="limit").values).all()
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
@@ -252,7 +305,7 @@ def test_all_flows_run_and_report(tmp_path):
     assert list(flows) == names
     assert all(row["diverged_at"] is None for row in flows.values())
     with xarray.open_dataset(tmp_path / "result.nc", engine="h5netcdf") as data:
-        assert np.isfinite(data.loss.values).all()
+        assert np.isfinite(data.loss.drop_sel(flow="limit").values).all()
 
 
 def test_default_flows_exist():

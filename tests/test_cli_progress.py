@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rodjax.cli._progress import Bar
-from rodjax.cli._sweep import _tell, describe
+from rodjax.cli._sweep import describe, tell
 from rodjax.sweeps import Status
 
 
@@ -82,7 +82,7 @@ def test_what_an_earlier_call_has_done_is_said_first(stderr):
     status = Status(8, 1, done=300, total=400, resumed=100, seconds=2.0, program=None)
     with Bar() as bar:
         bar.begin("sweep", 400)
-        _tell(bar, Path("out"), status)
-        _tell(bar, Path("out"), status._replace(done=400))
+        tell(bar, Path("out"), status)
+        tell(bar, Path("out"), status._replace(done=400))
     said = written.getvalue().splitlines()
     assert said[1] == "going on from 100 of 400 steps in out" and len(said) == 4

@@ -13,6 +13,7 @@ import pytest
 from helpers import lane
 
 import rodjax as rj
+from rodjax.report import plot_run
 
 W = jnp.array([1.0, -0.5])
 SGD = rj.dynamics(optax.sgd, lambda w: 0.5 * jnp.sum(jnp.array([3.0, 1.0]) * w**2))
@@ -123,6 +124,25 @@ def test_long_names_arrive_in_the_data_set(labelled):
     }
     assert np.isnan(data.predicted_loss.sel(flow="run")).all()
     np.testing.assert_array_equal(data.predicted_loss.sel(flow="mine"), 1.0)
+
+
+def test_the_limit_is_one_more_entry_of_the_data_set(labelled):
+    run, path = labelled
+    limit = rj.predictability(SGD, W, 2, lr=0.1)
+    data = rj.dataset(run, {"mine": path}, predictability=limit, lr=0.1)
+    assert data.flow.values.tolist() == ["run", "mine", "limit"]
+    np.testing.assert_array_equal(data.distance.sel(flow="limit"), limit.distance)
+    assert np.isnan(data.loss.sel(flow="limit")).all() and data.attrs == {"lr": 0.1}
+    figures = rj.plot(run, {"mine": path}, predictability=limit), plot_run(data)
+    drawn = [
+        [
+            np.asarray(line.get_ydata())
+            for axes in figure.axes
+            for line in axes.get_lines()
+        ]
+        for figure in figures
+    ]
+    np.testing.assert_array_equal(*map(np.concatenate, drawn))
 
 
 def test_long_names_survive_vmap_and_a_change_of_what_is_kept(labelled):

@@ -3,42 +3,38 @@
 import json
 import math
 import shutil
-import time
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 import numpy as np
 import typer
 
+import rodjax.sweeps as sweeps
 from rodjax.cli import _names as choices
 from rodjax.cli import _shared as shared
 from rodjax.cli._progress import Bar
 from rodjax.cli._shared import cell, number
+from rodjax.cli._sweep import tell
 from rodjax.flows import PeriodWarning
 from rodjax.optimizer import dynamics as make_dynamics
 from rodjax.optimizer import warm_up
-from rodjax.problems import Problem
-from rodjax.report import dataset, plot
-from rodjax.solve import (
-    NUDGED,
-    Trajectory,
-    compare,
-    descend,
-    integrate,
-    last_finite,
-    predictability,
-)
+from rodjax.report import plot_run
+from rodjax.solve import NUDGED, RUN, SUMMARIES, last_finite
+
+if TYPE_CHECKING:
+    import xarray
 
 COMPLEMENTARITY = "complementarity"
 # A residual from which on it is no solution.
 UNHELD = 1e-2
-PART = "result.nc.part"
 # Bytes that a file of labels alone takes, at most.
 MARGIN = 1_000_000
-FILES = ("summary.json", "result.nc", "plot.png")
+SUMMARY, RESULT, PLOT = FILES = ("summary.json", "result.nc", "plot.png")
 COLUMNS = {
     "final_distance": "final distance",
     "mean_distance": "mean distance",
@@ -46,10 +42,10 @@ COLUMNS = {
     "final_sharpness_ratio": "final S/threshold",
     "median_sharpness_ratio": "median S/threshold",
     "update_evaluations": "evaluations",
-    "seconds": "seconds",
 }
 # Of the run beside itself, nudged by a rounding error.
-OF_LIMIT = ("final_distance", "mean_distance", "update_evaluations", "seconds")
+OF_LIMIT = ("final_distance", "mean_distance", "update_evaluations")
+LAST = ("diverged_at",)
 
 
 def run(
@@ -66,16 +62,20 @@ def run(
     solver: shared.Solver = "heun",
     float64: shared.Float64 = True,
     every: shared.Every = 1,
-    out: Annotated[Path, typer.Option(help="Directory written to.")] = Path(
-        "rodjax-run"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Directory written to, and gone on from.")
+    ] = Path("rodjax-run"),
     overwrite: Annotated[
-        bool, typer.Option(help="Replace an earlier run's files.")
+        bool, typer.Option(help="Replace what the directory holds.")
     ] = False,
 ) -> None:
-    """Run an optimizer and its flows on one problem, and compare them."""
+    """Run an optimizer and its flows on one problem, and compare them.
+
+    The same command again goes on where it was stopped.
+    """
     dtype = shared.configure(float64)
-    with shared.refusing("run"):
+    bar: Bar | None = None
+    with shared.refusing("run", unless=lambda: bar is not None and bar.moved):
         if not (lr > 0 and math.isfinite(lr)):
             raise ValueError(f"--lr {lr}: it must be positive and finite")
         shared.check_steps(warmup, steps, every, substeps)
@@ -95,126 +95,109 @@ def run(
                 lambda w, m=model: m.init(w, lr=lr, key=jax.random.key(0)), window
             )
         method = choices.solver(solver)
-        shared.prepare(out, FILES, overwrite)
-
-    head: dict[str, Any] = {
-        "problem": chosen.name,
-        "optimizer": optimizer,
-        "lr": lr,
-        "steps": steps,
-        "warmup": warmup,
-        "dtype": shared.precision(chosen),
-        "threshold": number(edge),
-    }
-    told = {key: value for key, value in head.items() if value is not None}
-    attributes = told | {
-        "problem_settings": json.dumps(problem_settings or []),
-        "settings": json.dumps(hyperparameters),
-        "rank": "each flow's own" if rank is None else rank,
-        "substeps": substeps,
-        "solver": solver,
-        "every": every,
-    }
-    common: dict[str, Any] = {
-        "lr": lr,
-        "every": every,
-        "metrics": shared.metrics(dynamics, chosen, ratio=exists),
-        # So that what the warm-up has lost counts as lost.
-        "origin": chosen.params,
-    }
-    paths: dict[str, Trajectory] = {}
-    with Bar(lines=2) as bar:
-        common["progress"] = partial(_tell, bar, warmup)
-        bar.begin(optimizer, steps)
-        window = warm_up(dynamics, chosen.params, warmup, lr=lr)
-        reference = _done(descend(dynamics, window, steps, **common))
-        summary: dict[str, Any] = head | {
-            "run": {
-                "final_loss": number(last_finite(reference.metrics["loss"])),
-                **_own(chosen, reference),
-                "diverged_at": number(reference.diverged_at),
-            },
-            NUDGED: {},
-            "flows": {},
+        _prepare(out, overwrite)
+        told: dict[str, Any] = {
+            "problem": chosen.name,
+            "optimizer": optimizer,
+            "lr": lr,
+            "dtype": shared.precision(chosen),
+            "threshold": number(edge),
         }
-        # Written as it is done, so that a killed run loses only the flow it is in.
-        _write(out, summary, reference, paths, attributes)
-        began = time.perf_counter()
-        bar.begin(NUDGED, steps)
-        of_run = {"lr": lr, "every": every, "origin": chosen.params}
-        limit = predictability(dynamics, window, steps, **of_run)
-        row = limit.summary() | {"seconds": time.perf_counter() - began}
-        keys = (*OF_LIMIT, "diverged_at")
-        summary[NUDGED] = {key: number(row[key]) for key in keys}
-        bar.move(steps, f"final distance {cell(summary[NUDGED]['final_distance'])}")
-        for name, model in models.items():
-            began = time.perf_counter()
-            bar.begin(name, steps)
-            path = integrate(
-                model, window, steps, solver=method, substeps=substeps, **common
+        more = {
+            "problem_settings": json.dumps(problem_settings or []),
+            "settings": json.dumps(hyperparameters),
+            "rank": "each flow's own" if rank is None else rank,
+        }
+        known = {key: value for key, value in told.items() if value is not None}
+        with Bar() as bar, _or_overwrite():
+            bar.begin(optimizer, warmup + steps)
+            data = sweeps.sweep(
+                dynamics,
+                chosen.params,
+                steps,
+                # One lane, which is stored and gone on with as those of a grid are.
+                grid={"lr": lr},
+                flows=models,
+                warmup=warmup,
+                every=every,
+                metrics=shared.metrics(dynamics, chosen, ratio=exists),
+                solver=method,
+                substeps=substeps,
+                devices=jax.devices()[:1],
+                out=out,
+                settings=known | more,
+                progress=partial(tell, bar, out),
+                predictability=True,
             )
-            paths[name] = _done(path)
-            row = compare(reference, paths[name]).summary()
-            row["seconds"] = time.perf_counter() - began
-            summary["flows"][name] = {
-                key: number(row[key]) for key in (*COLUMNS, "diverged_at")
-            } | _own(chosen, paths[name])
-            _write(out, summary, reference, paths, attributes)
-    title = "{problem}, {optimizer}, lr {lr:g}, {dtype}".format(**summary)
-    figure = plot(reference, paths, title, predictability=limit)
-    figure.savefig(out / "plot.png", dpi=120)
-    _print(summary, out)
-    if remark:
-        print(remark)
-    for name, path in paths.items():
-        held = np.asarray(path.metrics.get(COMPLEMENTARITY, 0.0))
-        if (worst := np.max(held, initial=0.0, where=np.isfinite(held))) > UNHELD:
-            print(
-                f"{name} is not to be trusted: its complementarity problem was left "
-                f"with a residual of up to {worst:.2g} (nothing holds the edge)"
-            )
+            if not bar.moved:
+                bar.say(f"nothing left to do of {bar.total} steps in {out}")
+    with data:
+        head = told | {"steps": steps, "warmup": warmup}
+        _report(data, head, list(chosen.metrics), out)
+        if remark:
+            print(remark)
+        for name in models:
+            held = data.get(COMPLEMENTARITY, 0 * data.loss).sel(flow=name).values
+            finite = np.isfinite(held)
+            if (worst := np.max(held, initial=0.0, where=finite)) > UNHELD:
+                print(
+                    f"{name} is not to be trusted: its complementarity problem was "
+                    f"left with a residual of up to {worst:.2g} (nothing holds the "
+                    "edge)"
+                )
 
 
-def _tell(bar: Bar, warmup: int, step: Any, loss: Any) -> None:
-    """Show how far a run or a flow is; steps may be half-integers."""
-    done = int(step) - warmup
-    bar.move(done, f"{done} of {bar.total} steps, loss {float(loss):.6g}")
+@contextmanager
+def _or_overwrite() -> Iterator[None]:
+    """Say what else can be done about a directory that holds another run."""
+    try:
+        yield
+    except ValueError as error:
+        if "with other settings" not in str(error):
+            raise
+        raise ValueError(f"{error}, or --overwrite") from error
 
 
-def _done(path: Trajectory) -> Trajectory:
-    """Computed, and its last step shown."""
-    path = jax.block_until_ready(path)
-    jax.effects_barrier()
-    return path
-
-
-def _own(problem: Problem, path: Trajectory) -> dict[str, float | None]:
-    """The last values of the problem's own metrics."""
-    return {
-        f"final_{name}": number(last_finite(path.metrics[name]))
-        for name in problem.metrics
-    }
-
-
-def _write(
-    out: Path,
-    summary: dict[str, Any],
-    reference: Trajectory,
-    paths: dict[str, Trajectory],
-    attributes: dict[str, Any],
-) -> None:
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    data = dataset(reference, paths, **attributes)
+def _prepare(out: Path, overwrite: bool) -> None:
+    """Make the directory, or refuse it; with `overwrite` empty it of a run."""
+    if overwrite:
+        sweeps.forget(out)
+    else:
+        shared.check_out(out, FILES)
+    shared.prepare(out, FILES if overwrite else (), overwrite)
     # HDF5 does not survive a disk that fills up while it writes.
-    if (room := shutil.disk_usage(out).free) < data.nbytes + MARGIN:
-        message = (
-            f"rodjax run: no room left for {out / 'result.nc'} ({room} bytes free)"
-        )
+    if (room := shutil.disk_usage(out).free) < MARGIN:
+        message = f"rodjax run: no room left for {out / RESULT} ({room} bytes free)"
         typer.secho(message, err=True, fg="red")
         raise typer.Exit(1)
-    # A file cut off in mid-write must not take the place of a whole one.
-    data.to_netcdf(out / PART, engine="h5netcdf")
-    (out / PART).replace(out / "result.nc")
+
+
+def _report(
+    data: "xarray.Dataset", head: dict[str, Any], own: list[str], out: Path
+) -> None:
+    """Write and print what a run and its flows have come to."""
+
+    def row(name: str, keys: Iterable[str]) -> dict[str, float | None]:
+        lane = data.sel(flow=name)
+        found = {key: lane[key].item() for key in (*SUMMARIES, *LAST) if key in lane}
+        found["update_evaluations"] = lane["evaluations"].item()
+        found |= {f"final_{metric}": last_finite(lane[metric].values) for metric in own}
+        return {key: number(found.get(key, math.nan)) for key in keys}
+
+    finals = [f"final_{metric}" for metric in own]
+    of_flow = [*COLUMNS, *LAST, *finals]
+    flows = [name for name in data.flow.values.tolist() if name not in (RUN, NUDGED)]
+    summary: dict[str, Any] = head | {
+        "run": row(RUN, ["final_loss", *finals, *LAST]),
+        NUDGED: row(NUDGED, [*OF_LIMIT, *LAST]),
+        "flows": {name: row(name, of_flow) for name in flows},
+    }
+    part = out / f"{SUMMARY}.part"
+    part.write_text(json.dumps(summary, indent=2) + "\n")
+    part.replace(out / SUMMARY)
+    title = "{problem}, {optimizer}, lr {lr:g}, {dtype}".format(**summary)
+    plot_run(data, title).savefig(out / PLOT, dpi=120)
+    _print(summary, out)
 
 
 def _print(summary: dict[str, Any], out: Path) -> None:

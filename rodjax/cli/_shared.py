@@ -21,6 +21,7 @@ from rodjax.flows import Floor, Flow
 from rodjax.optimizer import Dynamics, OptimizerFactory, first_edge
 from rodjax.problems import Problem
 from rodjax.solve import Metric, edge_of_stability, monitor
+from rodjax.sweeps import settings_in
 
 ProblemName = Annotated[
     str,
@@ -173,6 +174,15 @@ def prepare(out: Path, files: Sequence[str], overwrite: bool) -> None:
         raise ValueError(f"--out {out} cannot be written to: {error}") from None
     for path in (trial, *(out / name for name in found)):
         path.unlink()
+
+
+def check_out(out: Path, files: Sequence[str]) -> None:
+    """Refuse a directory that holds results, and not what they were made from."""
+    found = [name for name in files if (out / name).exists()]
+    if settings_in(out) is None and found:
+        raise ValueError(
+            f"--out {out} already holds {', '.join(found)}: give another directory"
+        )
 
 
 def flow_names(flows: str) -> list[str]:

@@ -19,7 +19,7 @@ from rodjax.cli import _summary as report
 from rodjax.cli._progress import Bar
 from rodjax.optimizer import dynamics as make_dynamics
 from rodjax.report import plot_lanes, plot_sweep
-from rodjax.sweeps import SEED, Status, cores, make_grid, settings_in
+from rodjax.sweeps import SEED, Status, cores, make_grid
 
 if TYPE_CHECKING:
     import xarray
@@ -128,7 +128,7 @@ def sweep(
             floor=(lambda h: h[axes.FLOOR]) if floor else None,
         )
         method = choices.solver(solver)
-        _check(out)
+        shared.check_out(out, FILES)
         first, total = jax.process_index() == 0, points.lanes * (warmup + steps)
         head: dict[str, Any] = {
             "problem": chosen.name,
@@ -157,7 +157,7 @@ def sweep(
                 time_chunk=time_chunk,
                 out=out,
                 settings=head,
-                progress=partial(_tell, bar, out),
+                progress=partial(tell, bar, out),
                 predictability=limit,
             )
             if not bar.moved:
@@ -167,7 +167,7 @@ def sweep(
             _report(data, out)
 
 
-def _tell(bar: Bar, out: Path, status: Status) -> None:
+def tell(bar: Bar, out: Path, status: Status) -> None:
     """Show how far a sweep is, first of all how far an earlier call had got."""
     if status.resumed and not bar.moved:
         bar.say(f"going on from {status.resumed} of {status.total} steps in {out}")
@@ -201,15 +201,6 @@ def describe(status: Status) -> str:
     return (
         f"{alive} alive, {status.diverged} diverged, {rate:.4g} steps/s, {clock} left"
     )
-
-
-def _check(out: Path) -> None:
-    """Refuse a directory that holds results of another command."""
-    found = [name for name in FILES if (out / name).exists()]
-    if settings_in(out) is None and found:
-        raise ValueError(
-            f"--out {out} already holds {', '.join(found)}: give another directory"
-        )
 
 
 def _report(data: "xarray.Dataset", out: Path) -> None:

@@ -8,7 +8,7 @@ the command line.
 from rodjax.report._dataset import dataset
 from rodjax.report._plot_checkpoints import plot_checkpoints
 from rodjax.report._plot_forecast import plot_forecast
-from rodjax.report._plot_run import plot
+from rodjax.report._plot_run import plot, plot_run
 from rodjax.report._plot_sweep import (
     abscissa,
     alive,
@@ -30,6 +30,7 @@ __all__ = [
     "plot_checkpoints",
     "plot_forecast",
     "plot_lanes",
+    "plot_run",
     "plot_sweep",
     "spread",
     "view",

@@ -8,8 +8,10 @@ import numpy as np
 from rodjax.solve import (
     COMPARED,
     FLOW,
+    NUDGED,
     RUN,
     STEP,
+    Comparison,
     Trajectory,
     attributes,
     compare,
@@ -24,7 +26,11 @@ DISTANCE = "distance"
 
 
 def dataset(
-    run: Trajectory, flows: Mapping[str, Trajectory], **settings: Any
+    run: Trajectory,
+    flows: Mapping[str, Trajectory],
+    *,
+    predictability: Comparison | None = None,
+    **settings: Any,
 ) -> "xarray.Dataset":
     """A run and its flows as an xarray data set, ready for `to_netcdf`.
 
@@ -32,7 +38,8 @@ def dataset(
     flow of half-step midpoints, the step before). Variables: every recorded metric, NaN
     for a flow that lacks it, `distance` (zero for the run), and `diverged_at`, of each
     the step by which it had diverged, NaN if it never did. `settings` become
-    attributes.
+    attributes. With `predictability`, from `rodjax.predictability`, there is one more
+    entry, "limit", whose `distance` is that of the run from itself.
 
     **Raises** `ValueError` where `compare` does and where the trajectories have several
     lanes; `ImportError` without xarray (`pip install "rodjax[sweep]"`).
@@ -65,10 +72,14 @@ def dataset(
     ]
     for found in comparisons.values():
         metrics.append(found.flow | {DISTANCE: found.distance})
+    paths = {RUN: run, **flows}
+    lost = [float(path.diverged_at) for path in paths.values()]
+    if predictability is not None:
+        metrics.append({DISTANCE: predictability.distance})
+        lost.append(float(predictability.diverged_at))
     long_names = dict(COMPARED)
     for path in (*flows.values(), run):
         long_names |= dict(path.long_names)
-    lost = np.array([float(path.diverged_at) for path in (run, *flows.values())])
     columns: dict[str, tuple[Any, Any]] = {
         name: ((FLOW, STEP), values) for name, values in stacked(metrics).items()
     }
@@ -78,6 +89,9 @@ def dataset(
             name: (dims, values, attributes(name, long_names))
             for name, (dims, values) in columns.items()
         },
-        coords={FLOW: [RUN, *flows], STEP: step_coordinate(run.steps)},
+        coords={
+            FLOW: [*paths, *([] if predictability is None else [NUDGED])],
+            STEP: step_coordinate(run.steps),
+        },
         attrs=settings,
     )

@@ -1,13 +1,15 @@
 """One picture of a run beside its flows."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rodjax.solve import Comparison, Trajectory, compare
+from rodjax.report._dataset import DISTANCE
+from rodjax.solve import FLOW, NUDGED, RUN, STEP, Comparison, Trajectory, compare
 
 if TYPE_CHECKING:
+    import xarray
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -44,28 +46,51 @@ def plot(
 
     ```
     """
+    named = {"flow": flows} if isinstance(flows, Trajectory) else dict(flows)
+    models = {RUN: _curves(run)}
+    for name, flow in named.items():
+        compared = compare(run, flow, predictability=predictability)
+        models[name] = _curves(flow) | {DISTANCE: compared.distance}
+    if predictability is not None:
+        models[NUDGED] = {DISTANCE: predictability.distance}
+    return _drawn(run.steps, models, title)
+
+
+def plot_run(data: "xarray.Dataset", title: str = "") -> "Figure":
+    """The same of a labelled result: of `dataset`, or one lane of a sweep's."""
+    names = ("mean_loss", "amplitude", "sharpness_ratio", DISTANCE, "diverged_at")
+    recorded = [name for name in names if name in data]
+    models = {}
+    for name in data[FLOW].values:
+        model = data.sel({FLOW: name})
+        values = {key: model[key].values for key in recorded}
+        models[str(name)] = {STEP: data[STEP].values} | values
+    return _drawn(data[STEP].values, models, title)
+
+
+def _curves(path: Trajectory) -> dict[str, Any]:
+    return path.metrics | {STEP: path.steps, "diverged_at": path.diverged_at}
+
+
+def _drawn(steps: Any, models: Mapping[str, Mapping[str, Any]], title: str) -> "Figure":
+    """The four panels; the run is the first of the models."""
     from matplotlib.figure import Figure
 
-    named = {"flow": flows} if isinstance(flows, Trajectory) else dict(flows)
     figure = Figure(figsize=(11, 7), layout="constrained")
     figure.suptitle(title)
     (loss, ratio), (distance, amplitude) = figure.subplots(2, 2, sharex=True)
-
-    loss.plot(run.steps, run.metrics["mean_loss"], "k", lw=2.5, alpha=0.5, label="run")
-    amplitude.plot(run.steps, run.metrics["amplitude"], "k", lw=2.5, alpha=0.5)
-    if "sharpness_ratio" in run.metrics:
-        ratio.plot(run.steps, run.metrics["sharpness_ratio"], "k", lw=2.5, alpha=0.5)
-    for index, (name, flow) in enumerate(named.items()):
-        color = f"C{index}"
-        loss.plot(flow.steps, flow.metrics["mean_loss"], color, label=name)
-        amplitude.plot(flow.steps, _positive(flow.metrics["amplitude"]), color)
-        distance.plot(
-            run.steps,
-            _positive(compare(run, flow, predictability=predictability).distance),
-            color,
-        )
-        if "sharpness_ratio" in flow.metrics:
-            ratio.plot(flow.steps, flow.metrics["sharpness_ratio"], color)
+    limit = models.get(NUDGED)
+    shown = {name: model for name, model in models.items() if name != NUDGED}
+    for index, (name, model) in enumerate(shown.items()):
+        style = {"color": f"C{index - 1}"}
+        if name == RUN:
+            style = {"color": "k", "lw": 2.5, "alpha": 0.5}
+        else:
+            distance.plot(steps, _positive(model[DISTANCE]), **style)
+        loss.plot(model[STEP], model["mean_loss"], label=name, **style)
+        amplitude.plot(model[STEP], _positive(model["amplitude"]), **style)
+        if "sharpness_ratio" in model:
+            ratio.plot(model[STEP], model["sharpness_ratio"], **style)
     ratio.axhline(1.0, color="gray", ls=":", lw=1)
     for axes, label in (
         (loss, "time-averaged loss"),
@@ -79,18 +104,17 @@ def plot(
         # Where everything diverged at once there is nothing to scale.
         if axes is not ratio and any(np.any(np.asarray(y) > 0) for y in drawn):
             axes.set_yscale("log")
-    if predictability is not None:
-        _shade(distance, predictability)
-    lost = {"run": run.diverged_at} | {n: flow.diverged_at for n, flow in named.items()}
+    if limit is not None:
+        _shade(distance, steps, _positive(limit[DISTANCE]))
+    lost = {name: float(model["diverged_at"]) for name, model in shown.items()}
     lines = [f"{n} diverged at step {t:g}" for n, t in lost.items() if np.isfinite(t)]
     loss.text(0.02, 0.02, "\n".join(lines), transform=loss.transAxes, fontsize=8)
     loss.legend()
     return figure
 
 
-def _shade(axes: "Axes", predictability: Comparison) -> None:
+def _shade(axes: "Axes", steps: Any, limit: np.ndarray) -> None:
     """What lies below the limit, in grey, as far down as the flows reach."""
-    limit = _positive(predictability.distance)
     if not np.any(limit > 0):
         return
     if axes.get_lines():
@@ -99,7 +123,7 @@ def _shade(axes: "Axes", predictability: Comparison) -> None:
         axes.set_yscale("log")
         bottom, top = np.nanmin(limit), np.nanmax(limit)
     axes.fill_between(
-        predictability.steps,
+        steps,
         bottom,
         limit,
         where=limit > bottom,

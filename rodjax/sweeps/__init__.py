@@ -7,7 +7,16 @@ the labelled result. Must not know: plots, problems, the command line.
 from rodjax.sweeps._blocks import Status
 from rodjax.sweeps._grid import SEED, make_grid
 from rodjax.sweeps._program import Program, cores
-from rodjax.sweeps._store import settings_in
+from rodjax.sweeps._store import forget, settings_in
 from rodjax.sweeps._sweep import sweep
 
-__all__ = ["SEED", "Program", "Status", "cores", "make_grid", "settings_in", "sweep"]
+__all__ = [
+    "SEED",
+    "Program",
+    "Status",
+    "cores",
+    "forget",
+    "make_grid",
+    "settings_in",
+    "sweep",
+]

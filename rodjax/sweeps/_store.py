@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def settings_in(directory: Path) -> dict[str, Any] | None:
             "another directory"
         )
     return json.loads(file.read_text()) if file.exists() else None
+
+
+def forget(directory: Path) -> None:
+    """Remove the sweep that a directory holds, if any, but not its result."""
+    (directory / SETTINGS).unlink(missing_ok=True)
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
 
 
 def check_same(directory: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:
