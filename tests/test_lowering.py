@@ -3,14 +3,20 @@ custom call that the platform lacks."""
 
 import re
 
+import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.export import DisabledSafetyCheck, export
+from jax.sharding import AbstractMesh
 
 import rodjax as rj
 from rodjax.flows import REGISTRY
+from rodjax.solve import solving
+from rodjax.sweeps._lanes import Spec
+from rodjax.sweeps._program import AXIS, Frozen, chunk_of
 
 PLATFORMS = ("cuda", "tpu")
 # The platforms' own: an eigensolver for symmetric matrices.
@@ -115,6 +121,36 @@ def test_descend_sweep_lanes_and_predictability():
     assert_lowers(jax.vmap(limit), jnp.asarray([0.1, 0.2], jnp.float32))
 
 
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_sweep_sharded_over_eight_devices_that_are_not_there(platform):
+    dynamics = rj.dynamics(optax.sgd, loss)
+    spec = Spec(
+        dynamics,
+        draw=None,
+        flows=(("modulated", rj.flows.modulated(dynamics)),),
+        warmup=3,
+        every=2,
+        metrics=(rj.edge_of_stability(dynamics),),
+        keep=lambda params: params["a"],
+        method=solving(),
+        limit=1e3,
+        predictability=True,
+    )
+    params, point = Frozen.of(start()), Frozen.of({"lr": np.zeros((), "float32")})
+    mesh = AbstractMesh((8,), (AXIS,))
+    program, given = chunk_of(spec, mesh, 16, 3, params, point)
+    lowered = export(program, platforms=[platform])(*given)
+    text = lowered.mlir_module()
+    assert lowered.nr_devices == 8
+    assert set(re.findall(r"custom_call @(\w+)", text)) <= KNOWN
+    assert "f64" not in text
+    # Nothing is ever sent from one to another: each has its own two lanes.
+    assert not re.search(
+        r"all_gather|all_reduce|all_to_all|collective_|send|recv", text
+    )
+    assert all(x.shape[0] == 16 for x in lowered.out_avals)
+
+
 def test_curvature_thresholds_and_watch():
     dynamics = rj.dynamics(optax.adam(0.1), loss)
     state = dynamics.init(start())
@@ -141,3 +177,56 @@ def test_transformations_and_the_complementarity_problem():
         assert_lowers(step, tx.init(start()), start())
     single = lambda *shape: jnp.zeros(shape, jnp.float32)
     assert_lowers(rj.linalg.complementarity, single(2, 2), single(2, 2, 2, 2))
+
+
+# --- precision of products -----------------------------------------------------------
+
+
+def network(w):
+    x = jnp.tanh(jnp.ones((4, 3), w["a"].dtype) @ w["a"][:, None] * w["b"][None])
+    return 0.5 * jnp.mean((x @ w["b"][:, None] - 1.0) ** 2)
+
+
+def products(function, *arguments, platform):
+    """The precision of every matrix product of a program."""
+    text = export(jax.jit(function), platforms=[platform])(*arguments).mlir_module()
+    lines = [line for line in text.splitlines() if "dot_general" in line]
+    return {p for line in lines for p in re.findall(r"precision = \[(\w+)", line)}, len(
+        lines
+    )
+
+
+def programs():
+    dynamics = rj.dynamics(optax.adam(0.1), network)
+    metrics = [rj.edge_of_stability(dynamics), rj.spectrum(dynamics, 2)]
+    flow = rj.flows.modulated(dynamics)
+    yield "descend", lambda w: everything(rj.descend(dynamics, w, 4, metrics=metrics))
+    for name, solver in (("Heun", None), ("Tsit5", diffrax.Tsit5())):
+        solve = lambda w, s=solver: everything(rj.integrate(flow, w, 4, solver=s))
+        yield f"integrate, {name}", solve
+    yield "a step", lambda w: dynamics.update(dynamics.init(w))
+    yield "sharpness", lambda w: rj.sharpness(network, w)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize(("name", "program"), programs())
+def test_products_are_in_full_precision_unless_jax_is_told(name, program, platform):
+    # Where there is no word of it, products are in the platform's own.
+    kinds, count = products(program, start(), platform=platform)
+    assert kinds == {"HIGHEST"} and count > 0
+    with jax.default_matmul_precision("default"):
+        assert "HIGHEST" not in products(program, start(), platform=platform)[0]
+
+
+@pytest.mark.slow
+def test_a_sweep_multiplies_in_full_precision():
+    from rodjax.sweeps import _program
+
+    seen = []
+    text_of = _program.text_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_program, "text_of", lambda x: seen.append(text_of(x)) or seen[0])
+        sgd = rj.dynamics(optax.sgd, network)
+        rj.sweep(sgd, start(), 2, grid={"lr": [0.1, 0.2]})
+    lines = [line for line in seen[0].splitlines() if "dot_general" in line]
+    assert lines and all("HIGHEST" in line for line in lines)

@@ -13,7 +13,7 @@ from rodjax.solve import RUN
 from rodjax.sweeps import _table as table
 from rodjax.sweeps._grid import Grid
 from rodjax.sweeps._lanes import Rows, Spec, models
-from rodjax.sweeps._program import Devices, Program, get, put, shardings
+from rodjax.sweeps._program import Devices, Program, get, mesh_of, put, shardings
 from rodjax.sweeps._store import Store
 
 
@@ -63,7 +63,7 @@ class Blocks:
     ) -> None:
         """Compute what is not stored yet."""
         each, program = len(self.counts), self.program
-        across, alike = shardings(self.devices)
+        across, alike = shardings(mesh_of(self.devices))
         params = put(params, alike)
         done = self.store.done(each) if self.store else 0
         meter = _Meter(self, progress)

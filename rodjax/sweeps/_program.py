@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from rodjax.optimizer import Same
@@ -89,7 +89,34 @@ def build(
     began = time.perf_counter()
     leaves, structure = same.thing
     spec: Spec = jax.tree.unflatten(structure, leaves)
-    across, alike = shardings(devices)
+    program, given = chunk_of(spec, mesh_of(devices), lanes, length, params, point)
+    traced = program.trace(*given)
+    lowered = traced.lower()
+    text = text_of(lowered)
+    check_threads(devices, text)
+    compiled = lowered.compile()
+    return Program(
+        lanes,
+        length,
+        _bytes(compiled),
+        time.perf_counter() - began,
+        compiled,
+        given[2],
+        lowered.out_info[1],
+        digests(traced, text),
+    )
+
+
+def chunk_of(
+    spec: Spec,
+    mesh: Mesh | AbstractMesh,
+    lanes: int,
+    length: int,
+    params: Frozen,
+    point: Frozen,
+) -> tuple[Any, tuple[Any, ...]]:
+    """The function `run` of a `Program`, jitted, and its arguments as shapes."""
+    across, alike = shardings(mesh)
 
     def chunk(params, points, places, fresh, count):
         lane = functools.partial(follow, spec, length, params)
@@ -101,7 +128,7 @@ def build(
     program = jax.jit(
         jax.shard_map(
             chunk,
-            mesh=across.mesh,
+            mesh=mesh,
             in_specs=(alike.spec, across.spec, across.spec, alike.spec, alike.spec),
             out_specs=across.spec,
             check_vma=False,
@@ -117,27 +144,9 @@ def build(
             f"grid: one of {', '.join(batch)} is used for a decision in Python, so it "
             "cannot differ from lane to lane: run one sweep for each of its values"
         ) from error
-    traced = program.trace(
-        params.on(alike),
-        batch,
-        places,
-        jax.ShapeDtypeStruct((), jnp.bool, sharding=alike),
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=alike),
-    )
-    lowered = traced.lower()
-    text = text_of(lowered)
-    check_threads(devices, text)
-    compiled = lowered.compile()
-    return Program(
-        lanes,
-        length,
-        _bytes(compiled),
-        time.perf_counter() - began,
-        compiled,
-        places,
-        lowered.out_info[1],
-        digests(traced, text),
-    )
+    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=alike)
+    fresh, count = scalar(jnp.bool), scalar(jnp.int32)
+    return program, (params.on(alike), batch, places, fresh, count)
 
 
 def fit(
@@ -212,9 +221,13 @@ def _memory(device: Any) -> float:
     return 0.5 * available() / jax.local_device_count()
 
 
-def shardings(devices: Devices) -> tuple[NamedSharding, NamedSharding]:
+def mesh_of(devices: Devices) -> Mesh:
+    """The devices in a row, for lanes to be spread over."""
+    return Mesh(np.array(devices), (AXIS,))
+
+
+def shardings(mesh: Mesh | AbstractMesh) -> tuple[NamedSharding, NamedSharding]:
     """Of what differs by lane, and of what all lanes share."""
-    mesh = Mesh(np.array(devices), (AXIS,))
     return (
         NamedSharding(mesh, PartitionSpec(AXIS)),
         NamedSharding(mesh, PartitionSpec()),
