@@ -94,6 +94,20 @@ def test_polar_is_the_same_flow():
     np.testing.assert_allclose(paths[1].params["y"], paths[0].params["y"], rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_an_oscillation_may_vanish(dtype):
+    """Below its threshold it is four fifths of itself after every step, for ever."""
+    bowl = rj.dynamics(optax.sgd, lambda w: 0.5 * jnp.sum(w**2))
+    flow = rj.flows.polar(rj.flows.modulated(bowl, floor=0.0))
+    start = rj.warm_up(bowl, jnp.ones(2, dtype), 3, lr=1.8)
+    path = rj.integrate(flow, start, 4000, lr=1.8, every=500)
+    assert np.isfinite(path.metrics["loss"]).all()
+    assert path.metrics["amplitude"][-1] == 0.0 < path.metrics["amplitude"][0]
+    # On its own scale it is known to the end.
+    rate = (path.final.state.log_size - np.log(path.metrics["amplitude"][0])) / 4000
+    assert abs(rate - np.log(0.8)) < 0.01
+
+
 def test_a_flow_without_a_delta_is_refused():
     with pytest.raises(TypeError, match=r"polar is for flows .* `delta`"):
         solve(rj.flows.polar(rj.flows.stable(SGD)))

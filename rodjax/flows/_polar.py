@@ -73,8 +73,7 @@ def polar(flow: Flow, *, unit: bool = False) -> Flow:
     ```
     """
 
-    def cartesian(y: PolarState) -> Any:
-        size = jnp.exp(y.log_size)
+    def cartesian(y: PolarState, size: Array) -> Any:
         delta = jax.tree.map(lambda u: size * u, y.state.delta)
         return y.state._replace(delta=delta)
 
@@ -91,8 +90,11 @@ def polar(flow: Flow, *, unit: bool = False) -> Flow:
         return PolarState(state._replace(delta=direction), jnp.log(size))
 
     def vector_field(t: Any, y: PolarState, lr: PyTree) -> PolarState:
-        field = flow.vector_field(t, cartesian(y), lr)
-        u, size = y.state.delta, jnp.exp(y.log_size)
+        size = jnp.exp(y.log_size)
+        # One that is smaller has the field of this one, whose size can be divided by.
+        size = jnp.maximum(size, float(jnp.finfo(size.dtype).tiny) ** 0.5)
+        field = flow.vector_field(t, cartesian(y, size), lr)
+        u = y.state.delta
         a = jax.tree.map(lambda d: d / size, field.delta)
         rate, excess = _growth(u, a)
         turn, grow = jnp.ones_like(rate), rate
@@ -114,7 +116,7 @@ def polar(flow: Flow, *, unit: bool = False) -> Flow:
         init=init,
         vector_field=vector_field,
         centre=lambda y: flow.centre(y.state),
-        observe=lambda y, *, lr: flow.observe(cartesian(y), lr=lr),
+        observe=lambda y, *, lr: flow.observe(cartesian(y, jnp.exp(y.log_size)), lr=lr),
         error_norm=error_norm,
     )
 
