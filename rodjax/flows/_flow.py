@@ -14,6 +14,8 @@ from rodjax.optimizer import Dynamics, State, Window, midpoint
 
 #: The least oscillation relative to the parameters; see `floor_size`.
 Floor = float | Callable[[Any], Any] | None
+# The least second moment half a step back, as a share of what the step makes of it.
+YOUNG = 0.25
 
 
 @runtime_checkable
@@ -165,7 +167,9 @@ def half_step_back(y: State, field: State) -> State:
     One correction by backward error analysis, without derivatives: the flow whose
     time-1 map is $y + f(y)$ is $f - f'f/2$ to second order, and so is $f(y - f(y)/2)$,
     which needs no derivative of the optimizer (whose square root of a second moment has
-    none at zero). Second moments, which grow from nothing, are not taken below zero.
+    none at zero). Second moments grow from nothing, so none is taken below a quarter of
+    what the step makes of it: taken to zero it would divide the first moment, which
+    remembers the gradient here, by the gradient at another place.
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
@@ -177,7 +181,10 @@ def half_step_back(y: State, field: State) -> State:
     ```
     """
     back = jax.tree.map(lambda a, f: a - 0.5 * f, y, field)
-    return back._replace(slow=jax.tree.map(lambda s: jnp.maximum(s, 0.0), back.slow))
+    slow = jax.tree.map(
+        lambda b, s, f: jnp.maximum(b, YOUNG * (s + f)), back.slow, y.slow, field.slow
+    )
+    return back._replace(slow=slow)
 
 
 def centre_of(dynamics: Dynamics, start: PyTree | Window, *, lr: PyTree) -> State:

@@ -76,7 +76,7 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, floor: Floor = None) -> F
       a multiple of it, where its field is still linear.
 
     **Starting points.** From scratch: c = w0 and delta a random vector of the floor's
-    size. From a window: c its second-order midpoint, delta its alternating part.
+    size. From a window: delta its alternating part, c the rest of the state there.
 
     **Raises** `ValueError` if `floor` is negative. Warns from `init`, by
     `rodjax.flows.PeriodWarning`, of an optimizer that first loses stability to an
@@ -129,8 +129,10 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, floor: Floor = None) -> F
 
     def init(start: PyTree | Window, *, lr: PyTree, key: Array) -> ModulatedState:
         if isinstance(start, Window):
-            mean = centre_of(dynamics, start, lr=lr)
             delta = alternating(start).phase
+            # Not the midpoint, which adds a quarter of the second difference to a
+            # smooth path, and so is not on it.
+            mean = shift(dynamics.fluid(start.at(0), lr=lr), delta, -1.0)
             memory, log_decay = ringing(dynamics, start, lr=lr)
             scale = floor(lr) if callable(floor) else floor
             memory = memory if scale is None else jnp.where(scale == 0, 0, memory)
