@@ -208,8 +208,9 @@ def solution(
         time = lambda t: float(t) if usual else np.asarray(t, wide)
         moments = every * np.arange(1, count + 1)
         saved = [diffrax.SubSaveAt(t1=True)]
-        saved += [diffrax.SubSaveAt(ts=np.asarray(moments, wide))] * (count > 1)
-        solved = diffrax.diffeqsolve(
+        if count > 1:
+            saved.append(diffrax.SubSaveAt(ts=jnp.asarray(moments, wide)))
+        solved: Any = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             solver,
             t0=time(0),

@@ -14,8 +14,8 @@ from rodjax.solve._rkc import RKC
 USUAL = diffrax.PIDController(rtol=1.0, atol=1.0).norm
 
 
-def spent(solver: diffrax.AbstractSolver, solved: diffrax.Solution) -> Array:
-    """Evaluations of the vector field in a solve; NaN where they are not known."""
+def spent(solver: diffrax.AbstractSolver, solved: Any) -> Array:
+    """Evaluations of the field in a `diffrax.Solution`; NaN if they are not known."""
     if isinstance(solver, RKC):
         return solved.controller_state[1] + 1
     per_step, per_solve = _stages(solver)
