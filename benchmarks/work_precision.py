@@ -18,7 +18,7 @@ It goes on from what `work-precision.json` has; `--redo` measures the chosen aga
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ import rodjax as rj
 from rodjax import flows, problems
 
 EVERY, REPEATS = 10, 3
+FIGURES = ("error", "evaluations", "times plain")
 
 
 class Task(NamedTuple):
@@ -164,13 +165,9 @@ def plain(task: Task, problem: problems.Problem, params: Any) -> Callable[[], An
 
 
 def measure(
-    task: Task,
-    wanted: Callable[[str, str], bool],
-    tell: Callable[[Any], None],
-    *,
-    whole: bool,
-) -> dict[str, float]:
-    """Tell of every point; what they are relative to."""
+    task: Task, wanted: Callable[[str, str], bool], *, whole: bool
+) -> Iterator[dict[str, Any]]:
+    """What all points are relative to, then the points."""
     problem = task.problem()
     dynamics = rj.dynamics(OPTIMIZERS[task.optimizer], problem.loss)
     start = rj.warm_up(dynamics, problem.params, task.warmup, lr=task.lr)
@@ -181,6 +178,7 @@ def measure(
     mean = lambda path: float(jnp.mean(rj.compare(run, path).distance))
     stable = mean(rj.integrate(flows.stable(dynamics), start, task.steps, **common))
     limit = rj.predictability(dynamics, start, task.steps, **common)
+    yield {"limit": float(limit.distance.mean()) / stable, "stable": stable}
     size = optax.tree.size(problem.params)
     for name, build in choices(task.optimizer).items():
         for way in ways(name, size, whole=whole):
@@ -194,21 +192,18 @@ def measure(
             path = jax.block_until_ready(solve())
             times = [(seconds(solve), seconds(base)) for _ in range(REPEATS)]
             own, other = (min(column) for column in zip(*times, strict=True))
-            tell(
-                {
-                    "flow": name,
-                    "solver": way,
-                    "error": mean(path) / stable,
-                    "evaluations": float(path.evaluations) / task.steps,
-                    "times plain": own / other,
-                    "ms a step": 1e3 * own / task.steps,
-                    "diverged at": float(path.diverged_at),
-                }
-            )
+            yield {
+                "flow": name,
+                "solver": way,
+                "error": mean(path) / stable,
+                "evaluations": float(path.evaluations) / task.steps,
+                "times plain": own / other,
+                "ms a step": 1e3 * own / task.steps,
+                "diverged at": float(path.diverged_at),
+            }
             # Compiled programs of all points exhaust the compiler's memory.
             jax.clear_caches()
             seconds(base)
-    return {"limit": float(limit.distance.mean()) / stable, "stable": stable}
 
 
 def frontier(points: list[dict[str, Any]], work: str) -> list[dict[str, Any]]:
@@ -282,7 +277,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "work-precision.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    print(head(["row", "flow", "solver", "error", "evaluations", "times plain"]))
+    print(head(["row", "flow", "solver", *FIGURES]))
     for name, task in tasks.items():
         points = found.get(name, {}).get("points", [])
         chosen = lambda flow, way: all(
@@ -292,20 +287,16 @@ def main() -> None:
         if options.redo:
             points = [p for p in points if not chosen(p["flow"], p["solver"])]
         known = {(p["flow"], p["solver"]) for p in points}
-
-        def tell(point: dict[str, Any], name: str = name, points: Any = points) -> None:
-            figures = (
-                f"{point[k]:.3g}" for k in ("error", "evaluations", "times plain")
-            )
-            print(row([name, point["flow"], point["solver"], *figures]), flush=True)
-            points.append(point)
-
         wanted = lambda flow, way, known=known, chosen=chosen: (
             chosen(flow, way) and (flow, way) not in known
         )
-        base = measure(task, wanted, tell, whole=name == REFERENCE)
-        found[name] = base | {"points": points}
-        write(file, found, indent=1)
+        measured = measure(task, wanted, whole=name == REFERENCE)
+        found[name] = next(measured) | {"points": points}
+        for point in measured:
+            figures = (f"{point[key]:.3g}" for key in FIGURES)
+            print(row([name, point["flow"], point["solver"], *figures]), flush=True)
+            points.append(point)
+            write(file, found, indent=1)
     # As they are written: JSON has no infinity.
     draw(json.loads(file.read_text()), options.out / "work-precision.png")
 
