@@ -3,7 +3,6 @@
 import jax
 from jaxtyping import PyTree
 
-from rodjax.linalg import alike
 from rodjax.optimizer import Loss, for_loops
 
 
@@ -19,8 +18,7 @@ def hvp(loss: Loss, params: PyTree, vector: PyTree) -> PyTree:
 
     ```
     """
-    product = jax.jvp(for_loops(jax.grad(loss)), (params,), (vector,))[1]
-    return alike(product, params)
+    return jax.jvp(for_loops(jax.grad(loss)), (params,), (vector,))[1]
 
 
 def third_derivative(loss: Loss, params: PyTree, u: PyTree, v: PyTree) -> PyTree:

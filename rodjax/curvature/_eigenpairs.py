@@ -82,7 +82,8 @@ def sharpness(
 def _sharpness(loss, params, args, guess, products, tol) -> Eigenpair:
     guess = starting_direction(params) if guess is None else guess
     at = lambda w: loss(w, *args)
-    return _largest(lambda v: hvp(at, params, v), guess, products, tol)
+    pair = _largest(lambda v: hvp(at, params, v), guess, products, tol)
+    return pair._replace(vector=alike(pair.vector, params))
 
 
 def check_products(products: int | None, tol: float | None) -> None:
@@ -181,7 +182,8 @@ def sharpness_ratio(
 def _ratio(dynamics, state, lr, grad, guess, products, tol) -> Eigenpair:
     guess = starting_direction(state.params) if guess is None else guess
     matvec = _preconditioned(dynamics, state, lr=lr, grad=grad)
-    return _largest(matvec, guess, products, tol)
+    pair = _largest(matvec, guess, products, tol)
+    return pair._replace(vector=alike(pair.vector, state.params))
 
 
 def preconditioned_eigenpairs(

@@ -83,7 +83,9 @@ def with_sign(rows: PyTree) -> PyTree:
     """
 
     def one(row: PyTree) -> PyTree:
-        most = lambda by: optax.tree.max(jax.tree.map(lambda x: by * x, row))
+        most = lambda by: jnp.asarray(
+            optax.tree.max(jax.tree.map(lambda x: by * x, row))
+        )
         sign = jnp.where(most(1) < most(-1), -1, 1)
         return jax.tree.map(lambda x: sign.astype(x.dtype) * x, row)
 

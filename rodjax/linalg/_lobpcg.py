@@ -133,7 +133,7 @@ def lobpcg(operator: Operator, guess: PyTree, accuracy: float) -> Pairs:
     order = jnp.argsort(-pairs.values)
     root = inverse_root(gram(pairs.rows, pairs.rows))[order]
     values, off = pairs.values[order], pairs.residuals[order]
-    rows = alike(combine(root, pairs.rows), guess)
+    rows = combine(root, pairs.rows)
     return Pairs(values, rows, _relative(off, values), pairs.steps)
 
 
@@ -151,7 +151,7 @@ def _climb(
         rest = weigh(jnp.where(now.off > 0, 1 / now.off, 0), rest)
         w, there = basis_of(rest, [*fixed, now.x, now.p])
         w = jax.tree.map(lambda x, w: jnp.where(look, x, w), now.x, w)
-        aw = apply(w)
+        aw = alike(apply(w), w)
         for rows in fixed:
             aw = without(aw, rows)
         beside = jnp.concatenate([gram(now.x, aw), gram(now.p, aw)])
@@ -180,7 +180,8 @@ def _climb(
         short = jnp.any(now.off > now.goal(accuracy))
         return (now.steps < limit) & (short | ~now.exact)
 
-    zero, nothing = jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, start)
+    # Not of zeros alone, which would be there before `start` is.
+    zero, nothing = jnp.zeros((), dtype), jax.tree.map(lambda x: 0 * x, start)
     first = _Climb(
         start,
         nothing,
@@ -214,6 +215,16 @@ class _Turn(NamedTuple):
     def of(self, x: PyTree, p: PyTree, w: PyTree) -> tuple[PyTree, PyTree]:
         k = len(self.p)
         step = _sum(combine(self.p, p), combine(self.w, w))
+        if k == 1:
+            # A rotation by three shears, each of which takes the old one's place in
+            # memory unless the compiler puts them together.
+            apart = jax.lax.optimization_barrier
+            along, across = self.whole[0]
+            shear = lambda x, by, y: apart(jax.tree.map(lambda x, y: x + by * y, x, y))
+            step, half = apart(step), across / (1 + along)
+            x = shear(x, half, step)
+            step = shear(step, -across, x)
+            return shear(x, half, step), step
         both = lambda c: _sum(combine(c[:, :k], x), combine(c[:, k:], step))
         return both(self.whole[:k]), both(self.whole[k:])
 
@@ -242,7 +253,11 @@ def _turn(inside: Array, present: Array, look: Array) -> _Turn:
     # What is across the new x, of that in turn.
     old = jnp.concatenate([of_x, step], 1)
     new = old.T @ turn
-    rest = jnp.linalg.qr(new, mode="complete")[0][:, k:]
+    if k == 1:
+        new = jnp.where(new[0] < 0, -new, new)
+        rest = jnp.stack([-new[1], new[0]])
+    else:
+        rest = jnp.linalg.qr(new, mode="complete")[0][:, k:]
     here = jnp.concatenate([jnp.ones(k, bool), there])
     rest, moved = _columns(jnp.where(here[:, None], rest, 0))
     whole = jnp.concatenate([new, rest], 1)
@@ -259,6 +274,7 @@ def _turn(inside: Array, present: Array, look: Array) -> _Turn:
 
 def _columns(matrix: Array) -> tuple[Array, Array]:
     """An orthonormal basis of unit columns, and which of it there are."""
+    there = jnp.ones(matrix.shape[1], bool)
     least = ROUNDING * float(jnp.finfo(matrix.dtype).eps)
     for _ in range(2):
         values, vectors = symmetric(matrix.T @ matrix)

@@ -58,7 +58,8 @@ def refined_eigenpair(
     narrow = jax.tree.map(jnp.result_type, guess)
 
     def product(v: PyTree) -> PyTree:
-        return jax.tree.map(wide, matvec(jax.tree.map(jnp.astype, v, narrow)))
+        image = matvec(jax.tree.map(jnp.astype, v, narrow))
+        return alike(jax.tree.map(wide, image), v)
 
     guess = jax.tree.map(wide, guess)
     size = norm(guess)
@@ -76,8 +77,7 @@ def refined_eigenpair(
         again = lambda _, pair: _cycle(product, pair.vector, CYCLE)
         pair = _cycle(product, pair.vector, CYCLE)
         pair = jax.lax.fori_loop(1, rounds, again, pair)
-    vector = alike(jax.tree.map(jnp.astype, pair.vector, narrow), guess)
-    return pair._replace(vector=vector)
+    return pair._replace(vector=jax.tree.map(jnp.astype, pair.vector, narrow))
 
 
 def _cycle(product: Callable[[PyTree], PyTree], start: PyTree, m: int) -> Eigenpair:

@@ -72,6 +72,7 @@ def basis_of(
     given made of `fill`. By the eigenvectors of their inner products, twice
     (Stathopoulos and Wu, SIAM J. Sci. Comput. 23, 2002).
     """
+    there = jnp.ones(len(jax.tree.leaves(rows)[0]), bool)
     for turn in range(2 if fill is None else 3):
         for other in others:
             rows = without(rows, other)
