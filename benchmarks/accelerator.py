@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
     parser.add_argument("--tiny", action="store_true", help="small sizes, as a trial")
     options = parser.parse_args()
+    # What rodjax does anyway, for Optax's own descent and training beside it.
     jax.config.update("jax_default_matmul_precision", "highest")
     began, device = time.perf_counter(), jax.devices()[0]
     found: dict[str, Any] = {

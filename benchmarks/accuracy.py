@@ -72,7 +72,6 @@ def main() -> None:
     parser.add_argument("--float64", action="store_true")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", options.float64)
-    jax.config.update("jax_default_matmul_precision", "highest")
     data = "cifar10" if options.cifar10 else options.data
     windows = {
         "digits": WINDOWS,

@@ -42,7 +42,6 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", options.devices)
     os.environ.setdefault("NPROC", str(2 * options.devices))
     jax.config.update("jax_enable_x64", options.float64)
-    jax.config.update("jax_default_matmul_precision", "highest")
 
     problem = rj.problems.digits_mlp()
     dynamics = rj.dynamics(optax.sgd, problem.loss)

@@ -11,12 +11,11 @@ from rodjax.cli import app
 @contextmanager
 def own_configuration():
     """The command configures its process; the tests share theirs."""
-    saved = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+    saved = jax.config.jax_enable_x64
     try:
         yield
     finally:
-        jax.config.update("jax_enable_x64", saved[0])
-        jax.config.update("jax_default_matmul_precision", saved[1])
+        jax.config.update("jax_enable_x64", saved)
 
 
 def invoke(*arguments):

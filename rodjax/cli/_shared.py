@@ -69,8 +69,6 @@ Every = Annotated[int, typer.Option(help="Save every so many steps.")]
 def configure(float64: bool) -> str:
     """Set the precision of this process, which is ours to configure; its dtype."""
     jax.config.update("jax_enable_x64", float64)
-    # TF32 products are too coarse for flows.
-    jax.config.update("jax_default_matmul_precision", "highest")
     return "float64" if float64 else "float32"
 
 

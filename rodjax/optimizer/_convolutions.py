@@ -8,14 +8,17 @@ import jax.numpy as jnp
 from jax.extend import core
 from jaxtyping import Array
 
+from rodjax.optimizer._precision import precise
+
 # What only wraps another program, and has no rule of differentiation of its own.
 WRAPS, CHECKPOINTS = ("jit", "pjit", "closed_call"), ("checkpoint", "remat2")
 
 
 def for_loops(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its convolutions laid out as CPUs are fast at, in loops too.
+    """A gradient that loops are fast at, in full precision (see `precise`).
 
-    The same up to rounding. XLA lays out a convolution anew only where it stands
+    The function with its convolutions laid out as CPUs are fast at, in loops too; the
+    same up to rounding. XLA lays out a convolution anew only where it stands
     outside of all loops and branches; within them, where flows and probes run, one
     with the axes that derivatives of a convolution have takes up to 200 times as long.
     So this goes around a gradient; what loops of the function's own hold, and other
@@ -32,6 +35,7 @@ def for_loops(function: Callable[..., Any]) -> Callable[..., Any]:
     ```
     """
 
+    @precise
     def laid_out(*arguments: Any) -> Any:
         if jax.default_backend() != "cpu":
             return function(*arguments)

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from rodjax.optimizer._precision import precise
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Programs that a compiled function keeps.
@@ -139,7 +141,8 @@ def compiled(function: F) -> F:
     their `fingerprint`: a flow, metric or optimizer that is built again from the same
     parts shares the compilation of the first. The last 64 such constants of a function
     are kept, each with the data that it closes over; a function that closes over what
-    is being traced is neither compiled nor kept. Positional arguments only.
+    is being traced is neither compiled nor kept. Products are those of `precise`.
+    Positional arguments only.
 
     ```python
     >>> import jax, jax.numpy as jnp, rodjax as rj
@@ -164,6 +167,7 @@ def compiled(function: F) -> F:
         rest = jax.tree.unflatten(structure, leaves)
         return jax.jit(lambda arrays: function(*eqx.combine(arrays, rest)))
 
+    @precise
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         arrays, rest = eqx.partition(args, eqx.is_array)

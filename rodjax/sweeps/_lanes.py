@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from rodjax.flows import Flow
-from rodjax.optimizer import Dynamics, opening
+from rodjax.optimizer import Dynamics, opening, precise
 from rodjax.solve import (
     DRAWS,
     NUDGED,
@@ -114,6 +114,7 @@ def set_out(spec: Spec, params: PyTree, point: Point) -> Places:
     return places
 
 
+@precise
 def follow(
     spec: Spec,
     length: int,
