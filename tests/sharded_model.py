@@ -24,10 +24,15 @@ DRAWN = ("modulated from parameters", "edge from parameters")
 OTHERS = ("descend", "sharpness", "products", "ratio", "pairs", "threshold", "watch")
 
 
-def loss_of(data):
+def loss_of(data, shardings=None):
+    """With `shardings`, of parameters that the loss itself says where to lie."""
+
     def loss(w):
+        if shardings is not None:
+            w = jax.lax.with_sharding_constraint(w, shardings)
         hidden = jnp.tanh(data @ w["a"] + w["b"][None])
-        return 10 * jnp.mean((w["scale"] * hidden @ w["c"] - jnp.sin(3 * data)) ** 2)
+        target = jnp.sin(jnp.sum(data, 1, keepdims=True))
+        return 10 * jnp.mean((w["scale"] * hidden @ w["c"] - target) ** 2)
 
     return loss
 
@@ -155,8 +160,9 @@ def check(layout, name, mesh):
         for leaf in SHAPES
     }
     # The data are an argument: of several processes no function can close over them.
-    solve = lambda w, data: cases(loss_of(data))[name](w)
-    expected = jax.jit(solve)(params, data)
+    said = shardings if layout == "tensor" else None
+    solve = lambda w, data, said=said: cases(loss_of(data, said))[name](w)
+    expected = jax.jit(lambda *given: solve(*given, None))(params, data)
     w = put(params, shardings)
     x = put(data, NamedSharding(mesh, PartitionSpec("data")))
     program = jax.jit(solve).lower(w, x).compile()

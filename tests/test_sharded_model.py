@@ -45,9 +45,9 @@ GROUPS = {
     "modulated": ("fsdp", "modulated", *model.DRAWN),
     "rod and edge": ("fsdp", "rod", "edge"),
     "central": ("fsdp", "central"),
-    "curvature": ("fsdp", "sharpness", "products", "ratio", "pairs"),
+    "curvature": ("fsdp", "sharpness", "products", "ratio"),
     "watch": ("fsdp", "watch"),
-    "tensor": ("tensor", "descend", "modulated", "edge", "sharpness", "ratio", "watch"),
+    "tensor": ("tensor", "descend", "modulated", "edge", "sharpness", "pairs", "watch"),
     "central, tensor": ("tensor", "central"),
 }
 
@@ -64,7 +64,7 @@ def test_two_processes():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    names = ("descend", "sharpness", "watch")
+    names = ("stable", "products")
     wait(*[start("fsdp", *names, f"{port}:{i}", devices=4) for i in (0, 1)])
 
 
