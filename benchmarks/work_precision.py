@@ -17,6 +17,7 @@ It goes on from what `work-precision.json` has; `--redo` measures the chosen aga
 """
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -35,6 +36,7 @@ import rodjax as rj
 from rodjax import flows, problems
 
 EVERY, REPEATS = 10, 3
+APART = 0.9
 FIGURES = ("error", "evaluations", "times plain")
 
 
@@ -69,6 +71,11 @@ class Way(NamedTuple):
                 rtol=self.rtol, atol=1e-2 * self.rtol, **least
             )
         return found
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def digits(build: Any, n: int) -> problems.Problem:
@@ -178,7 +185,11 @@ def measure(
     mean = lambda path: float(jnp.mean(rj.compare(run, path).distance))
     stable = mean(rj.integrate(flows.stable(dynamics), start, task.steps, **common))
     limit = rj.predictability(dynamics, start, task.steps, **common)
-    yield {"limit": float(limit.distance.mean()) / stable, "stable": stable}
+    yield {
+        "limit": float(limit.distance.mean()) / stable,
+        "stable": stable,
+        "machine": f"{jax.devices()[0].device_kind}, {cores()} cores",
+    }
     size = optax.tree.size(problem.params)
     for name, build in choices(task.optimizer).items():
         for way in ways(name, size, whole=whole):
@@ -239,7 +250,12 @@ def draw(rows: Mapping[str, Any], file: Path) -> None:
             best = frontier(found["points"], work)
             xs, ys = [p[work] for p in best], [p["error"] for p in best]
             axes.step(xs, ys, where="post", color="0.4", lw=1, label="frontier")
+            told = float("inf")
             for p in best:
+                # Of points that lie upon each other the first is named.
+                if p["error"] > APART * told:
+                    continue
+                told = p["error"]
                 text = f"{p['flow'].removeprefix('modulated, ')}: {p['solver']}"
                 at = (p[work], p["error"])
                 axes.annotate(
