@@ -66,7 +66,7 @@ def measured(model: str, size: str, options: argparse.Namespace) -> dict[str, An
     gradient = temporaries(jax.grad(loss), params) / bytes_of
     print(f"\n{model}, {count} parameters, gradient's own: {gradient:.2f} copies\n")
     print(head(["program", "copies", *(["process"] if options.rss else [])]))
-    found: dict[str, Any] = {"parameters": count, "gradient": gradient}
+    found: dict[str, Any] = {"parameters": count, "gradient_own": gradient}
     for name, program in programs(loss, params).items():
         try:
             function, start = program()
@@ -89,8 +89,9 @@ def measured(model: str, size: str, options: argparse.Namespace) -> dict[str, An
 
 def temporaries(function: Callable[..., Any], start: Any) -> float:
     """Bytes that a compiled program holds beside what goes in and comes out."""
-    compiled = jax.jit(function).lower(start).compile()
-    return float(compiled.memory_analysis().temp_size_in_bytes)
+    analysis = jax.jit(function).lower(start).compile().memory_analysis()
+    assert analysis is not None
+    return float(analysis.temp_size_in_bytes)
 
 
 def programs(loss: Any, params: Any) -> dict[str, Callable[[], Program]]:

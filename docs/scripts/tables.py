@@ -243,6 +243,26 @@ def accelerator_cost(found: dict[str, Any]) -> str:
     return f"{_device(found)}\n\n{rows(titles, lines)}"
 
 
+def memory(found: dict[str, Any]) -> str:
+    """Copies of the parameters by program, model and size."""
+    columns = [
+        (f"{model}, {size}", own)
+        for model in ("mlp", "transformer")
+        for size, own in found.get(model, {}).items()
+    ]
+    names = dict.fromkeys(name for _, own in columns for name in own)
+    lines = []
+    for name in names:
+        cells = [own.get(name, {}) for _, own in columns]
+        if not any(isinstance(cell, dict) and "copies" in cell for cell in cells):
+            continue
+        shown = [f"{c['copies']:.1f}" if "copies" in c else "-" for c in cells]
+        if name != "gradient":
+            lines.append([name, *shown])
+    own = ["the gradient itself", *(f"{own['gradient_own']:.1f}" for _, own in columns)]
+    return rows(["", *(title for title, _ in columns)], [own, *lines])
+
+
 def accelerator_sweep(found: dict[str, Any]) -> str:
     """A sweep beside a loop over its lanes, on an accelerator."""
     lines = [
@@ -300,6 +320,7 @@ TABLES = {
     "reference": ("reference.json", reference),
     "watching": ("watch.json", watching),
     "convolutions": ("convolutions.json", convolutions),
+    "memory": ("memory.json", memory),
     "accelerator-cost": ("h100.json", accelerator_cost),
     "accelerator-sweep": ("h100.json", accelerator_sweep),
     "accelerator-accuracy": ("h100.json", accelerator_accuracy),

@@ -30,6 +30,7 @@ from rodjax.flows._ringing import Ringing, ringing
 from rodjax.flows._rod import RodState, rod
 from rodjax.flows._scope import (
     PeriodWarning,
+    check_seen,
     gradient_descent_start,
     preconditioned_start,
     warn_of_period,
@@ -54,6 +55,7 @@ __all__ = [
     "TopState",
     "central",
     "centre_of",
+    "check_seen",
     "covariance",
     "edge",
     "floor_size",

@@ -14,7 +14,7 @@ from rodjax.curvature import hessian_eigenpairs
 from rodjax.flows._backward_error import half_step_earlier
 from rodjax.flows._flow import Flow, moving
 from rodjax.flows._logarithm import principal_coefficient
-from rodjax.flows._scope import check_precision, gradient_descent_start
+from rodjax.flows._scope import gradient_descent_start
 from rodjax.flows._tracking import turn, with_sign
 from rodjax.linalg import combine, dot
 from rodjax.optimizer import Dynamics, Loss, State, for_loops, learning_rate
@@ -103,7 +103,6 @@ def _exact(dynamics: Dynamics) -> Flow:
                 "which a TPU lacks: give rank=k, or run it on a CPU or GPU"
             )
         mean = gradient_descent_start(dynamics, start, "principal", lr=lr)
-        check_precision(mean.params, "principal")
         zeros = optax.tree.zeros_like(mean.params)
         turned = jax.tree.map(jax.lax.complex, mean.params, zeros)
         _check_analytic(dynamics.loss, turned)
@@ -169,7 +168,6 @@ def _check_analytic(loss: Loss, like: PyTree) -> None:
 def _top(dynamics: Dynamics, count: int) -> Flow:
     def init(start, *, lr, key) -> TopState:
         mean = gradient_descent_start(dynamics, start, "principal", lr=lr)
-        check_precision(mean.params, "principal")
         few = min(count, optax.tree.size(mean.params))
         pairs = hessian_eigenpairs(dynamics.loss, mean.params, few)
         return TopState(mean, with_sign(pairs.vectors))

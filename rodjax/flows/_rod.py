@@ -142,7 +142,8 @@ def rod(
         if rank > size:
             raise ValueError(f"rank={rank} exceeds the {size} entries of the phase")
         half = jax.tree.map(
-            lambda a, b: 0.5 * (b - a), window.at(0).phase, window.at(1).phase
+            lambda a, b, m: 0.5 * (jnp.astype(b, m.dtype) - jnp.astype(a, m.dtype)),
+            *(window.at(0).phase, window.at(1).phase, mean.phase),
         )
         if dense:
             flat = ravel_pytree(half)[0]

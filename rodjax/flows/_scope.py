@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, PyTree
 
 from rodjax.flows._flow import centre_of
@@ -18,6 +17,7 @@ from rodjax.optimizer import (
     Window,
     has_momentum,
     inverse_preconditioner,
+    narrow_products,
 )
 
 # A hyperparameter to try an optimizer with, whatever it is: lr, decay or epsilon.
@@ -62,6 +62,34 @@ def warn_of_period(
         )
 
 
+def check_seen(dynamics: Dynamics, params: PyTree, flow: str) -> None:
+    """Raise `ValueError` where what `flow` begins with is not seen by the loss.
+
+    An oscillation grows from rounding errors of the parameters. A loss that rounds
+    them to half a precision before it multiplies does not change with it: what the
+    differences of its gradients then are is rounding, and none of them growth.
+
+    ```python
+    >>> import jax.numpy as jnp, optax, rodjax as rj
+    >>> loss = lambda w: jnp.sum((w.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)) ** 2)
+    >>> sgd = rj.dynamics(optax.sgd(0.1), loss)
+    >>> rj.flows.check_seen(sgd, jnp.eye(2), "my flow")
+    Traceback (most recent call last):
+    ...
+    ValueError: my flow grows an oscillation from rounding errors of the parameters, ...
+
+    ```
+    """
+    narrow = narrow_products(dynamics.loss, params)
+    if narrow is not None:
+        raise ValueError(
+            f"{flow} grows an oscillation from rounding errors of the parameters, and "
+            f"the loss multiplies in {narrow}, in which it is not seen: compute in "
+            "float32 (dtype=jnp.float32 of Flax modules; parameters may stay as they "
+            "are), or take rodjax.flows.stable, rod or edge"
+        )
+
+
 def gradient_descent_start(
     dynamics: Dynamics, start: PyTree | Window, flow: str, *, lr: PyTree
 ) -> State:
@@ -82,16 +110,6 @@ def gradient_descent_start(
     return state
 
 
-def check_precision(params: PyTree, flow: str) -> None:
-    """Raise `ValueError` for parameters in half precision, which no `eigh` takes."""
-    for path, x in tree_leaves_with_path(params):
-        if jnp.finfo(x.dtype).bits < 32:
-            raise ValueError(
-                f"{flow} decomposes matrices, which takes single precision: params"
-                f"{keystr(path)} is of dtype {x.dtype}; cast it to float32"
-            )
-
-
 def preconditioned_start(
     dynamics: Dynamics, start: PyTree | Window, flow: str, *, lr: PyTree
 ) -> State:
@@ -101,7 +119,6 @@ def preconditioned_start(
     diagonal matrix that the second moments and the clock alone decide on.
     """
     state = centre_of(dynamics, start, lr=lr)
-    check_precision(state.params, flow)
     if has_momentum(state) or _rates(dynamics, state.params, lr=lr) is None:
         raise ValueError(
             f"{flow} models gradient descent and RMSProp, plain or scalar, with bias "

@@ -10,7 +10,7 @@ from rodjax.optimizer._convolutions import for_loops
 from rodjax.optimizer._dynamics import Dynamics, Loss, dynamics
 from rodjax.optimizer._given import fitted
 from rodjax.optimizer._linear import LinearMap, linearize
-from rodjax.optimizer._precision import precise
+from rodjax.optimizer._precision import narrow_products, precise
 from rodjax.optimizer._ring import Ring, push, ring, unrolled
 from rodjax.optimizer._same import Same, compiled, fingerprint
 from rodjax.optimizer._sharding import check_mesh
@@ -76,6 +76,7 @@ __all__ = [
     "linearize",
     "merge",
     "midpoint",
+    "narrow_products",
     "opening",
     "precise",
     "push",

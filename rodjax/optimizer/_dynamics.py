@@ -14,7 +14,14 @@ from rodjax.optimizer._clips import clips_of
 from rodjax.optimizer._convolutions import for_loops
 from rodjax.optimizer._sharding import check_mesh
 from rodjax.optimizer._split import PARTS, Kind, OptimizerFactory, split_of
-from rodjax.optimizer._state import State, as_optax, in_floats, merge, split_like
+from rodjax.optimizer._state import (
+    State,
+    as_optax,
+    in_floats,
+    in_singles,
+    merge,
+    split_like,
+)
 from rodjax.optimizer._trial import update_with
 
 Loss = Callable[[Any], Float[Array, ""]]
@@ -84,7 +91,8 @@ class Dynamics(NamedTuple):
       the loss's gradient (how curvature enters is then the caller's choice). Raises
       `ValueError` for an optimizer whose step this does not tell: one that goes by the
       loss itself (Polyak's), or moves only every so many steps.
-    - `fluid(state, *, lr) -> State`: the state in floats, as a flow carries it. Raises
+    - `fluid(state, *, lr) -> State`: the state in floats, of single precision at least,
+      as a flow carries it. Raises
       `ValueError` in words where no flow can carry the state of this optimizer.
     - `angle(params, *, lr)`: the angle at which stability is first lost, pi for an
       oscillation of period two, as a number under tracing too; `None` where shapes do
@@ -229,7 +237,8 @@ def dynamics(
         refusal = split_of(factory, state.params, lr, kind).refusal
         if refusal is not None:
             raise ValueError(f"no flow can carry this optimizer: {refusal}")
-        return in_floats(state)
+        # What a flow follows would vanish among the roundings of half a precision.
+        return in_singles(in_floats(state))
 
     def angle(params: PyTree, *, lr: PyTree = None) -> float | None:
         return angle_of(factory, params, lr, kind)

@@ -5,7 +5,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
+from jax.extend import core
 
+PRODUCTS = "dot_general", "conv_general_dilated"
+FLOAT = jnp.floating
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -36,3 +40,35 @@ def precise(function: F) -> F:
             return function(*args, **kwargs)
 
     return cast(F, call)
+
+
+def narrow_products(function: Callable[..., Any], *args: Any) -> str | None:
+    """The dtype below single precision in which a function multiplies, if it does.
+
+    Of matrix products and convolutions, as its program has them.
+
+    ```python
+    >>> import jax.numpy as jnp
+    >>> from rodjax.optimizer import narrow_products
+    >>> narrow_products(lambda w: w @ w, jnp.ones(3))
+    >>> narrow_products(lambda w: w @ w.astype(jnp.bfloat16), jnp.ones(3, jnp.bfloat16))
+    'bfloat16'
+
+    ```
+    """
+    return _narrow(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _narrow(jaxpr: Any) -> str | None:
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in PRODUCTS:
+            dtypes = [x.aval.dtype for x in equation.invars]
+            short = [d for d in dtypes if d.itemsize < 4 and jnp.issubdtype(d, FLOAT)]
+            if short:
+                return str(short[0])
+        is_jaxpr = lambda x: isinstance(x, core.ClosedJaxpr | core.Jaxpr)
+        inside = jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr)
+        for part in filter(is_jaxpr, inside):
+            if found := _narrow(getattr(part, "jaxpr", part)):
+                return found
+    return None

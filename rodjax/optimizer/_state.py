@@ -118,6 +118,17 @@ def in_floats(state: State) -> State:
     return jax.tree.map(lambda x: jnp.astype(x, dtype) if discrete(x) else x, state)
 
 
+def in_singles(state: State) -> State:
+    """Floats narrower than single precision in that."""
+
+    def wide(x: Array) -> Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return jnp.astype(x, jnp.promote_types(x.dtype, jnp.float32))
+
+    return jax.tree.map(wide, state)
+
+
 def as_optax(state: State, dtypes: tuple[Any, ...]) -> State:
     """Flags and integers as Optax has them; counters may stay between two steps."""
     structure = jax.tree.structure(merge(state))

@@ -102,15 +102,16 @@ class Window(NamedTuple):
 def _combine(row: Row, weights: Mapping[int, float]) -> State:
     """The linear combination of the states `row.at(ahead)`, in floats.
 
-    Of what is neither phase, slow nor clock, the middle state's own.
+    In single precision at least: between two numbers of half a precision there is none
+    of it. Of what is neither phase, slow nor clock, the middle state's own.
     """
     states = [in_floats(row.at(ahead))._replace(rest=None) for ahead in weights]
 
     def mean(*x: Array) -> Array:
-        # Half a precision is too coarse for differences.
         wide = jnp.promote_types(x[0].dtype, jnp.float32)
         pairs = zip(weights.values(), x, strict=True)
-        return jnp.astype(sum(w * jnp.astype(y, wide) for w, y in pairs), x[0].dtype)
+        first, *others = (w * jnp.astype(y, wide) for w, y in pairs)
+        return sum(others, first)
 
     return jax.tree.map(mean, *states)._replace(rest=in_floats(row.at(0)).rest)
 

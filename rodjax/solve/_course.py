@@ -106,7 +106,7 @@ def descent(dynamics: Dynamics, lr: PyTree, every: int) -> Course:
     ) -> tuple[Following, Array, Array]:
         def one(_: Any, carry: tuple[Following, State, Array]):
             run, newest, calls = carry
-            going = alive & jnp.isinf(run.lost_at) & go
+            going = jnp.isinf(run.lost_at) & jnp.asarray(alive) & jnp.asarray(go)
             update = partial(dynamics.update, lr=lr)
             new = jax.lax.cond(go, update, optax.tree.zeros_like, newest)
             # Other leaves may be infinite in good health, as of a line search at first.

@@ -17,9 +17,9 @@ class Heun(diffrax.Heun):
     what is compiled.
     """
 
-    interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
+    interpolation_cls: ClassVar[Any] = diffrax.LocalLinearInterpolation
 
-    def init(self, *args: Any) -> None:
+    def init(self, terms: Any, t0: Any, t1: Any, y0: PyTree, args: PyTree) -> Any:
         """It has no state."""
 
     def step(
@@ -29,7 +29,7 @@ class Heun(diffrax.Heun):
         t1: Any,
         y0: PyTree,
         args: PyTree,
-        solver_state: None,
+        solver_state: Any,
         made_jump: Any,
     ) -> Any:
         """One step, and the difference of Euler's from it as the error."""
