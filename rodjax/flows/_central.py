@@ -102,6 +102,9 @@ def central(dynamics: Dynamics, *, rank: int = 3, gamma: float = 4.0) -> Flow:
     **Raises** `ValueError` if `rank` is below 1 or `gamma` not positive, and from
     `init` for optimizers with momentum, weight decay or clipping.
 
+    Memory of `integrate`, beyond the gradient's own: 43 copies of the parameters,
+    with the default `rank`.
+
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
     >>> valley = rj.problems.berthier(initial=(0.1, 6.5))

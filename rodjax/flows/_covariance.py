@@ -63,6 +63,9 @@ def covariance(dynamics: Dynamics, *, rank: int = 3, floor: Floor = None) -> Flo
     **Raises** `ValueError` if `rank` is below 1 or `floor` negative, and from `init`
     for any optimizer but gradient descent.
 
+    Memory of `integrate`, beyond the gradient's own: 27 copies of the parameters,
+    with the default `rank`.
+
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
     >>> valley = rj.problems.berthier(initial=(0.1, 6.5))

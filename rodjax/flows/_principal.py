@@ -77,6 +77,9 @@ def principal(dynamics: Dynamics, *, rank: int | None = None) -> Flow:
     gradient descent and, if exact, for a loss that does not take complex parameters or
     is not analytic in them; and on a TPU, for the exact flow.
 
+    Memory of `integrate`, beyond the gradient's own: 21 copies of the parameters
+    with `rank=2`; the Hessian where it is exact.
+
     ```python
     >>> import jax.numpy as jnp, optax, diffrax, rodjax as rj
     >>> sgd = rj.dynamics(optax.sgd(1.0), lambda w: jnp.sum(jnp.array([1.2, 0.2])*w**2))

@@ -14,6 +14,9 @@ def stable(dynamics: Dynamics) -> Flow:
 
     The flow's state is a `State`: phase, slow and clock parts as in the optimizer.
 
+    Memory of `integrate`, beyond the gradient's own: 3.4 copies of the parameters
+    without momentum, 8.4 with Adam.
+
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
     >>> sgd = rj.dynamics(optax.sgd(0.1), lambda w: 0.5 * jnp.sum(w**2))

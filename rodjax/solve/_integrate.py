@@ -81,6 +81,10 @@ def descend(
     moments; the iterates are its `ends`. It is differentiable in `lr` and `start`,
     forwards and in reverse.
 
+    **Memory**, beyond the gradient's own: 4 copies of the parameters without momentum,
+    9 with Adam, whatever `steps` is; the window that it begins with, the one that it
+    ends with (seven states each) and what `keep` keeps are beside that.
+
     **Raises** `ValueError` on a `steps` that is not a positive multiple of `every`, on
     metrics that record the same name, and what `rodjax.dynamics` says of parameters,
     loss and `lr`; `TypeError` if `start` is the `final` of a flow.
@@ -170,6 +174,10 @@ def integrate(
     **Returns** a `Trajectory`. A lane whose state stops being finite (or outgrows the
     square root of the largest float, or whose controller gives up) is frozen and says
     so in `diverged_at`; others go on.
+
+    **Memory**, beyond the gradient's own and whatever `steps` is: with Heun three
+    copies of the flow's state and what its vector field takes, as each flow says;
+    another for every stage of a solver with a tableau.
 
     **Raises** `ValueError` on `substeps` below 1, on a `steps` that is not a positive
     multiple of `every`, on metrics that record the same name, on a solver or adjoint
