@@ -15,7 +15,7 @@ def use_cache() -> Path:
     In `$XDG_CACHE_HOME/rodjax`, by default `~/.cache/rodjax`; where JAX itself has been
     told of a folder (`$JAX_COMPILATION_CACHE_DIR`), there and as it was told.
     """
-    told = jax.config.jax_compilation_cache_dir
+    told = jax.config.values["jax_compilation_cache_dir"]
     if told:
         return Path(told)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -17,8 +17,8 @@ from rodjax.flows._flow import (
     stack,
 )
 from rodjax.flows._ringing import ringing
-from rodjax.flows._scope import warn_of_period
-from rodjax.linalg import length
+from rodjax.flows._scope import check_seen, warn_of_period
+from rodjax.linalg import alike, dot, length, random_direction
 from rodjax.optimizer import Dynamics, State, Window, alternating
 
 # Growth rates per step for which the scalar logarithm below is used as it is.
@@ -78,7 +78,11 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, floor: Floor = None) -> F
     **Starting points.** From scratch: c = w0 and delta a random vector of the floor's
     size. From a window: delta its alternating part, c the rest of the state there.
 
-    **Raises** `ValueError` if `floor` is negative. Warns from `init`, by
+    Memory of `integrate`, beyond the gradient's own: 8 copies of the parameters without
+    momentum, 17 with Adam.
+
+    **Raises** `ValueError` if `floor` is negative, and from `init` if the loss
+    multiplies in half a precision (`rodjax.flows.check_seen`). Warns from `init`, by
     `rodjax.flows.PeriodWarning`, of an optimizer that first loses stability to an
     oscillation of another period, as two filters of the gradient in a row do; says
     nothing of one whose `lr` is several hyperparameters, which may decide on it.
@@ -138,11 +142,12 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, floor: Floor = None) -> F
             memory = memory if scale is None else jnp.where(scale == 0, 0, memory)
         else:
             mean = centre_of(dynamics, start, lr=lr)
-            delta = optax.tree.zeros_like(mean.phase)
+            delta = alike(optax.tree.zeros_like(mean.phase), mean.phase)
             memory = log_decay = jnp.zeros_like(roundoff(mean.params, lr))
         warn_of_period(dynamics, mean.params, "the modulated flow", lr=lr)
+        check_seen(dynamics, mean.params, "the modulated flow")
         # Any delta at all needs a direction to be pushed along.
-        noise = optax.tree.random_like(key, mean.params)
+        noise = random_direction(key, mean.params)
         size = roundoff(mean.params, lr) / optax.tree.norm(noise)
         delta = (optax.tree.add_scale(delta[0], size, noise), *delta[1:])
         return ModulatedState(mean, delta, memory, log_decay)
@@ -184,9 +189,9 @@ def _reach(params: PyTree, delta: PyTree) -> Array:
 
 def _lag(delta: PyTree, d_delta: PyTree) -> Array:
     """k(sigma) at the growth rate of delta: how far back BEA evaluates its field."""
-    size = jnp.maximum(optax.tree.vdot(delta[0], delta[0]), 0.0)
+    size = jnp.maximum(dot(delta[0], delta[0]), 0.0)
     tiny = jnp.finfo(size.dtype).tiny
-    rate = optax.tree.vdot(delta[0], d_delta[0]) / jnp.maximum(size, tiny)
+    rate = dot(delta[0], d_delta[0]) / jnp.maximum(size, tiny)
     rate = jnp.clip(rate, SLOWEST, FASTEST)
     # The closed form cancels near zero; there its series is exact to rounding.
     small = jnp.abs(rate) < 0.02

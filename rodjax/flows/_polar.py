@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.flows._flow import Flow, rms
+from rodjax.linalg import dot
 from rodjax.optimizer import Window
 
 # Growth rates per step at which a unit step is told from its logarithm.
@@ -128,13 +129,13 @@ def _growth(u: PyTree, a: PyTree) -> tuple[Array, Array]:
     tiny = jnp.finfo(size.dtype).tiny
     count = optax.tree.size(u[0])
     moments = [pair for pair in zip(u[1:], a[1:], strict=True) if jax.tree.leaves(pair)]
-    total, along = size, optax.tree.vdot(u[0], a[0])
+    total, along = size, dot(u[0], a[0])
     if moments:
         # The alternating part of the next step, which is what moments are there for.
         kick = square(optax.tree.add_scale(a[0], 2.0, u[0])) / len(moments)
         for moment, slope in moments:
             own = jnp.maximum(square(moment), tiny)
-            rate = optax.tree.vdot(moment, slope) / own
+            rate = dot(moment, slope) / own
             # That of a moment which is not there yet is any.
             along += kick * jnp.clip(rate, -2.0, 1.0)
             total += kick
