@@ -28,6 +28,8 @@ SLOWEST, FASTEST = -0.3, 1.0
 GATHERED = 3.0
 # Roundoffs of the parameters that a delta must have to be seen in their gradient.
 VISIBLE = 32.0
+# How many times its second difference the sixth of an alternation may be.
+UNSTEADY = 2.0
 
 
 class ModulatedState(NamedTuple):
@@ -133,7 +135,7 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, floor: Floor = None) -> F
 
     def init(start: PyTree | Window, *, lr: PyTree, key: Array) -> ModulatedState:
         if isinstance(start, Window):
-            delta = alternating(start).phase
+            delta = _alternation(start)
             # Not the midpoint, which adds a quarter of the second difference to a
             # smooth path, and so is not on it.
             mean = shift(dynamics.fluid(start.at(0), lr=lr), delta, -1.0)
@@ -162,6 +164,17 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, floor: Floor = None) -> F
         dynamics=dynamics,
         evaluations=4 if bea else 2,
     )
+
+
+def _alternation(window: Window) -> PyTree:
+    """The phase's alternating part, by as high a difference as it is steady enough for.
+
+    What grows by e^sigma a step is too large in the sixth difference by
+    cosh(sigma/2)^6, and not to be believed where the second has much less of it.
+    """
+    near, far = alternating(window, 2).phase, alternating(window).phase
+    steady = length(far[0]) <= UNSTEADY * length(near[0])
+    return optax.tree.where(steady, far, near)
 
 
 def _size(delta: PyTree, d_delta: PyTree) -> Array:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.linalg._eigen import Eigenpair
@@ -54,7 +55,7 @@ def refined_eigenpair(
     """
     if products < 1:
         raise ValueError(f"products must be at least 1; got {products}")
-    wide = lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    wide = lambda x: jnp.asarray(x, np.promote_types(jnp.result_type(x), np.float32))
     narrow = jax.tree.map(jnp.result_type, guess)
 
     def product(v: PyTree) -> PyTree:

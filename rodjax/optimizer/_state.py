@@ -124,7 +124,7 @@ def in_singles(state: State) -> State:
     def wide(x: Array) -> Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        return jnp.astype(x, jnp.promote_types(x.dtype, jnp.float32))
+        return jnp.astype(x, widest(x))
 
     return jax.tree.map(wide, state)
 

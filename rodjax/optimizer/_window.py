@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from rodjax.optimizer._dynamics import Dynamics
 from rodjax.optimizer._same import compiled
-from rodjax.optimizer._state import State, in_floats
+from rodjax.optimizer._state import State, in_floats, widest
 
 #: States on either side of a window's middle.
 REACH = 3
@@ -108,7 +108,7 @@ def _combine(row: Row, weights: Mapping[int, float]) -> State:
     states = [in_floats(row.at(ahead))._replace(rest=None) for ahead in weights]
 
     def mean(*x: Array) -> Array:
-        wide = jnp.promote_types(x[0].dtype, jnp.float32)
+        wide = widest(x)
         pairs = zip(weights.values(), x, strict=True)
         first, *others = (w * jnp.astype(y, wide) for w, y in pairs)
         return sum(others, first)

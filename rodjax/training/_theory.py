@@ -37,7 +37,7 @@ def no_threshold(optimizer: optax.GradientTransformation, params: PyTree) -> str
         )
     leaves, structure = jax.tree.flatten(params)
     short = lambda shape: tuple(min(n, LONG + i % 2) for i, n in enumerate(shape))
-    single = lambda x: jnp.promote_types(jnp.result_type(x), jnp.float32)
+    single = lambda x: np.promote_types(jnp.result_type(x), np.float32)
     return _reason(same, structure, tuple((short(x.shape), single(x)) for x in leaves))
 
 

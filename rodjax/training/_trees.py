@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from rodjax import linalg
@@ -9,7 +10,7 @@ from rodjax import linalg
 
 def wide(tree: PyTree) -> PyTree:
     """In single precision at least."""
-    least = lambda x: jnp.promote_types(jnp.result_type(x), jnp.float32)
+    least = lambda x: np.promote_types(jnp.result_type(x), np.float32)
     return jax.tree.map(lambda x: jnp.asarray(x, least(x)), tree)
 
 
