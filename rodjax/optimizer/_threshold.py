@@ -134,12 +134,17 @@ def _first_edge(
         curvature = over_share(
             curvature, let_through(dynamics, rest, linear, grad, lr=lr)
         )
-    # Leaf by leaf, which may be sharded over devices.
-    first = optax.tree.min(curvature)
+    first = _least(curvature)
     theirs = lambda c, a: jnp.where(c == first, a, jnp.inf)
-    turn = optax.tree.min(jax.tree.map(theirs, curvature, angle))
+    turn = _least(jax.tree.map(theirs, curvature, angle))
     edge = Edges(first, jnp.where(jnp.isnan(first), jnp.nan, turn))
     return edge, mixing(rest, linear, state.slow)
+
+
+def _least(tree: PyTree) -> Array:
+    """Leaf by leaf, which may be sharded over devices, and may be empty."""
+    parts = [jnp.min(x, initial=jnp.inf) for x in jax.tree.leaves(tree)]
+    return jnp.min(jnp.stack(parts))
 
 
 def unit_preconditioner(
