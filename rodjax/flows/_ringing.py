@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.curvature import sharpness_ratio
-from rodjax.linalg import length, square_root
+from rodjax.linalg import dot, length, square_root
 from rodjax.optimizer import (
     Dynamics,
     Window,
@@ -84,7 +84,7 @@ def ringing(dynamics: Dynamics, window: Window, *, lr: PyTree = None) -> Ringing
     mode = jax.tree.map(lambda v, r: v / r, pair.vector, root)
     dual = optax.tree.mul(pair.vector, root)
     before, now, after = (
-        optax.tree.vdot(dual, alternating(window, 4, ahead).params)
+        dot(dual, alternating(window, 4, ahead).params)
         for ahead in (-1, 0, 1)
     )
     mu = alternating_multiplier(dynamics, state, pair.value, lr=lr)
