@@ -84,8 +84,7 @@ def ringing(dynamics: Dynamics, window: Window, *, lr: PyTree = None) -> Ringing
     mode = jax.tree.map(lambda v, r: v / r, pair.vector, root)
     dual = optax.tree.mul(pair.vector, root)
     before, now, after = (
-        dot(dual, alternating(window, 4, ahead).params)
-        for ahead in (-1, 0, 1)
+        dot(dual, alternating(window, 4, ahead).params) for ahead in (-1, 0, 1)
     )
     mu = alternating_multiplier(dynamics, state, pair.value, lr=lr)
     sine = jnp.abs(jnp.imag(mu)) / jnp.abs(mu)
