@@ -16,7 +16,7 @@ import argparse
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,37 +54,43 @@ def main() -> None:
     found: dict[str, Any] = {"jax": jax.__version__, "backend": jax.default_backend()}
     for model in words(options.models):
         for size in words(options.sizes):
-            found.setdefault(model, {})[size] = measured(model, size, options)
-            write(options.out, found, indent=1)
+            own = found.setdefault(model, {}).setdefault(size, {})
+            for name, figures in measured(model, size, options):
+                own[name] = figures
+                write(options.out, found, indent=1)
 
 
-def measured(model: str, size: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The table of one model, printed as it grows."""
+def measured(
+    model: str, size: str, options: argparse.Namespace
+) -> Iterator[tuple[str, Any]]:
+    """The rows of the table of one model, each printed as it is there."""
     loss, params = MODELS[model](SIZES[size])
     count = sum(x.size for x in jax.tree.leaves(params))
     bytes_of = 4 * count
     gradient = temporaries(jax.grad(loss), params) / bytes_of
     print(f"\n{model}, {count} parameters, gradient's own: {gradient:.2f} copies\n")
     print(head(["program", "copies", *(["process"] if options.rss else [])]))
-    found: dict[str, Any] = {"parameters": count, "gradient_own": gradient}
+    yield "parameters", count
+    yield "gradient_own", gradient
     for name, program in programs(loss, params).items():
         try:
             function, start = program()
             copies = temporaries(function, start) / bytes_of - gradient
             copies = copies / LANES if "lanes" in name else copies
         except Exception as error:
-            found[name] = {"failed": f"{type(error).__name__}: {error}"[:200]}
-            print(row([name, found[name]["failed"][:60]]), flush=True)
+            failed = f"{type(error).__name__}: {error}"[:200]
+            print(row([name, failed[:60]]), flush=True)
+            yield name, {"failed": failed}
             continue
-        found[name] = {"copies": copies}
+        figures = {"copies": copies}
         cells = [name, f"{copies:.1f}"]
         if options.rss:
             own, base = (process(model, size, x) for x in (name, "gradient"))
-            found[name]["process"] = (own - base) / bytes_of
-            cells.append(f"{found[name]['process']:.1f}")
+            figures["process"] = (own - base) / bytes_of
+            cells.append(f"{figures['process']:.1f}")
         print(row(cells), flush=True)
+        yield name, figures
         jax.clear_caches()
-    return found
 
 
 def temporaries(function: Callable[..., Any], start: Any) -> float:
