@@ -6,13 +6,17 @@ arrays that XLA holds while a compiled program runs, beside what goes in and com
 the size of the parameters. Of `descend` and `integrate` the window of seven states,
 or the flow's state, goes in and comes out. Nothing is kept of the parameters. With
 `--rss` also the greatest memory of a process that runs the program once, less that of
-one that computes the gradient once, on Linux.
+one that computes the gradient once, on Linux. What the file holds of other models,
+sizes and programs stays there, so that a run in parts makes one table.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --sizes 1e4,1e6 --models mlp --rss
+    python benchmarks/memory.py --sizes 1e7 --programs "sharpness|modulated"
 """
 
 import argparse
+import json
+import re
 import resource
 import subprocess
 import sys
@@ -45,19 +49,29 @@ def main() -> None:
     parser = arguments(__doc__, "benchmarks/results/memory.json")
     parser.add_argument("--sizes", default=",".join(SIZES), help="comma-separated")
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
+    parser.add_argument("--programs", default="", help="those that this is found in")
     parser.add_argument("--rss", action="store_true", help="of processes, too")
     parser.add_argument("--one", help="run one program, and print the memory it took")
     options = parser.parse_args()
     if options.one:
         print(once(*words(options.one)))
         return
-    found: dict[str, Any] = {"jax": jax.__version__, "backend": jax.default_backend()}
+    found = begun(options.out)
     for model in words(options.models):
         for size in words(options.sizes):
             own = found.setdefault(model, {}).setdefault(size, {})
             for name, figures in measured(model, size, options):
                 own[name] = figures
                 write(options.out, found, indent=1)
+
+
+def begun(file: Path) -> dict[str, Any]:
+    """What the file holds already, of this version of JAX and this backend."""
+    here = {"jax": jax.__version__, "backend": jax.default_backend()}
+    found = json.loads(file.read_text()) if file.exists() else here
+    if there := {key: found[key] for key in here if found[key] != here[key]}:
+        sys.exit(f"{file} was measured with {there}: give another file as --out")
+    return found
 
 
 def measured(
@@ -73,6 +87,8 @@ def measured(
     yield "parameters", count
     yield "gradient_own", gradient
     for name, program in programs(loss, params).items():
+        if not re.search(options.programs, name):
+            continue
         try:
             function, start = program()
             copies = temporaries(function, start) / bytes_of - gradient
