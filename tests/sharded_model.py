@@ -21,7 +21,6 @@ LAYOUTS = {
 }
 FLOWS = ("stable", "modulated", "rod", "edge", "central")
 DRAWN = ("modulated from parameters", "edge from parameters")
-OTHERS = ("descend", "sharpness", "products", "ratio", "pairs", "threshold", "watch")
 
 
 def loss_of(data, shardings=None):
@@ -103,9 +102,12 @@ def cases(loss):
 
     state = lambda w: adam.update(adam.init(w))
 
-    def several(w):
-        found = rj.hessian_eigenpairs(loss, w, 2)
-        return [], [jax.vmap(signed)(found.vectors)], found.values
+    def several(of):
+        def solve(w):
+            found = of(w)
+            return [], [jax.vmap(signed)(found.vectors)], found.values
+
+        return solve
 
     def watch(w):
         now = watched.init(w)
@@ -122,7 +124,10 @@ def cases(loss):
         "sharpness": pair(lambda w: rj.sharpness(loss, w)),
         "products": pair(lambda w: rj.sharpness(loss, w, guess=w, products=3)),
         "ratio": pair(lambda w: rj.sharpness_ratio(adam, state(w))),
-        "pairs": several,
+        "pairs": several(lambda w: rj.hessian_eigenpairs(loss, w, 2)),
+        "preconditioned pairs": several(
+            lambda w: rj.preconditioned_eigenpairs(adam, state(w), 2)
+        ),
         "threshold": lambda w: ([], [], rj.threshold(adam, w)),
         "watch": watch,
     }

@@ -39,6 +39,7 @@ def wait(*processes):
             process.kill()
 
 
+PAIRS = "pairs", "preconditioned pairs"
 # One process for a few cases; tensor-style those that could go another way.
 GROUPS = {
     "runs": ("fsdp", "descend", "stable", "threshold"),
@@ -46,8 +47,9 @@ GROUPS = {
     "rod and edge": ("fsdp", "rod", "edge"),
     "central": ("fsdp", "central"),
     "curvature": ("fsdp", "sharpness", "products", "ratio"),
+    "pairs": ("fsdp", *PAIRS),
     "watch": ("fsdp", "watch"),
-    "tensor": ("tensor", "descend", "modulated", "edge", "sharpness", "pairs", "watch"),
+    "tensor": ("tensor", "descend", "modulated", "edge", "sharpness", *PAIRS, "watch"),
     "central, tensor": ("tensor", "central"),
 }
 

@@ -16,6 +16,7 @@ from rodjax.linalg import (
     alike,
     random_direction,
     refined_eigenpair,
+    rows_like,
     top_eigenpair,
     top_eigenpairs,
 )
@@ -222,8 +223,8 @@ def preconditioned_eigenpairs(
 
 def _laid_out(pairs: Eigenpairs, params: PyTree) -> Eigenpairs:
     """Each vector over devices as the parameters are."""
-    vectors = jax.vmap(alike, (0, None))(pairs.vectors, params)
-    return pairs._replace(vectors=vectors)
+    like = rows_like(params, len(pairs.values))
+    return pairs._replace(vectors=alike(pairs.vectors, like))
 
 
 def _preconditioned(
@@ -260,7 +261,7 @@ def starting_directions(params: PyTree, k: int, guess: PyTree | None = None) -> 
     size = optax.tree.size(params)
     if not 1 <= k <= size:
         raise ValueError(f"k must be between 1 and the {size} parameters; got {k}")
-    like = jax.tree.map(lambda x: jnp.broadcast_to(x, (k, *jnp.shape(x))), params)
+    like = rows_like(params, k)
     if guess is None:
         return starting_direction(like)
     if jax.tree.map(jnp.shape, guess) != jax.tree.map(jnp.shape, like):

@@ -13,7 +13,7 @@ from rodjax.linalg._length import length, square_root
 from rodjax.linalg._lowrank import cubature, orthonormal, tangent
 from rodjax.linalg._refine import refined_eigenpair
 from rodjax.linalg._rows import combine, gram
-from rodjax.linalg._trees import alike, dot, random_direction, unit
+from rodjax.linalg._trees import alike, dot, random_direction, rows_like, unit
 
 __all__ = [
     "Complementary",
@@ -30,6 +30,7 @@ __all__ = [
     "random_direction",
     "refined_eigenpair",
     "root",
+    "rows_like",
     "square_root",
     "tangent",
     "top_eigenpair",

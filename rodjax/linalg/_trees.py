@@ -63,6 +63,21 @@ def alike(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: jnp.where(never(y), 0, x), tree, like)
 
 
+def rows_like(tree: PyTree, k: int) -> PyTree:
+    """Like k vectors, to be laid out over devices as `tree` is.
+
+    Zeros, but for the first, into whose place `tree` is put: there the compiler follows
+    a layout before it asks what is made of it; to what is broadcast it does so last.
+    """
+
+    def one(x: Array) -> Array:
+        x = jnp.asarray(x)
+        none = jnp.zeros((k, *x.shape), x.dtype)
+        return jax.lax.dynamic_update_index_in_dim(none, x, 0, 0)
+
+    return jax.tree.map(one, tree)
+
+
 def scattered(like: PyTree, seed: int | Array) -> PyTree:
     """Numbers that look random, of mean zero and variance one, where there is no room.
 
