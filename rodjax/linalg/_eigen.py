@@ -58,8 +58,8 @@ def top_eigenpair(
     """`top_eigenpairs` for the largest eigenvalue alone; no leading axis anywhere.
 
     A good `guess` (the eigenvector of the previous step) needs about a dozen products,
-    eight of which look for an eigenvalue above. Six vectors like the parameters are
-    held beside what a product takes.
+    eight of which look for an eigenvalue above. Three vectors like the parameters are
+    held while a product is computed, and four between two of them.
 
     ```python
     >>> import jax.numpy as jnp, rodjax as rj
@@ -82,17 +82,19 @@ def top_eigenpair(
 def top_eigenpairs(
     matvec: Callable[[PyTree], PyTree], guess: PyTree, *, tol: float | None = None
 ) -> Eigenpairs:
-    """The k largest eigenvalues of a symmetric operator, by LOBPCG.
+    """The k largest eigenvalues of a symmetric operator, by conjugate gradients.
 
-    Locally optimal block conjugate gradients (Knyazev, SIAM J. Sci. Comput. 23, 2001),
+    Locally optimal block ones (LOBPCG; Knyazev, SIAM J. Sci. Comput. 23, 2001), or for
+    k = 1 those up the Rayleigh quotient (Bradbury and Fletcher, Numer. Math. 9, 1966),
     from `guess` until all k residuals are below `tol` or at the level of rounding; then
     eight products with each vector of a block across those found look for what is
     above them, from which the search goes on if there is any. A block of k finds
     eigenvalues of any multiplicity. Small operators are diagonalized directly. Finite
     for any finite operator and guess, in float32 too; vmaps and jits.
 
-    6 k vectors like the parameters are held beside what k products take, leaf by leaf:
-    where they are sharded over devices nothing is gathered.
+    6 k vectors like the parameters are held beside what k products take, for k = 1 as
+    few as `top_eigenpair` says, leaf by leaf: where they are sharded over devices
+    nothing is gathered.
 
     Values and vectors have derivatives of both modes in what `matvec` closes over, by
     perturbation theory; vectors by conjugate gradients across the eigenvectors that

@@ -1,7 +1,8 @@
 """Locally optimal block conjugate gradients: the largest eigenvalues of an operator.
 
 `jax.experimental.sparse.linalg.lobpcg_standard` takes flat vectors alone, never stops
-on negative eigenvalues and returns NaN for zero ones.
+on negative eigenvalues and returns NaN for zero ones. One eigenvalue alone is left to
+`_ascent`.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from rodjax.linalg._ascent import ascend
 from rodjax.linalg._rows import (
     ROUNDING,
     basis_of,
@@ -99,6 +101,8 @@ def lobpcg(operator: Operator, guess: PyTree, accuracy: float) -> Pairs:
     k, n = len(leaves[0]), sum(x[0].size for x in leaves)
     if n <= max(DENSE, DENSE_EACH * k):
         return _dense(apply, guess)
+    if k == 1:
+        return _one(operator, guess, accuracy)
     eps = float(jnp.finfo(leaves[0].dtype).eps)
 
     def noise(count):
@@ -137,6 +141,14 @@ def lobpcg(operator: Operator, guess: PyTree, accuracy: float) -> Pairs:
     return Pairs(values, rows, _relative(off, values), pairs.steps)
 
 
+def _one(operator: Operator, guess: PyTree, accuracy: float) -> Pairs:
+    """With fewer vectors, by `ascend`."""
+    start = jax.tree.map(lambda x: x[0], guess)
+    top = ascend(operator, start, accuracy, STEPS, LOOK)
+    value, off, x = jax.tree.map(lambda x: x[None], (top.value, top.off, top.x))
+    return Pairs(value, x, _relative(off, value), top.steps)
+
+
 def _climb(
     apply: Operator, start: PyTree, fixed: list[PyTree], accuracy: float, limit: Array
 ) -> _Climb:
@@ -163,18 +175,8 @@ def _climb(
         ax, ap = turn.of(jax.tree.map(either, now.ax, aw), now.ap, aw)
         off = jax.tree.map(jnp.subtract, ax, weigh(jnp.diag(turn.inside)[:k], x))
         size = jnp.maximum(now.size, turn.size)
-        return _Climb(
-            x,
-            ax,
-            p,
-            ap,
-            turn.inside,
-            turn.moved,
-            lengths(off),
-            size,
-            look,
-            now.steps + 1,
-        )
+        four, off, steps = (x, ax, p, ap), lengths(off), now.steps + 1
+        return _Climb(*four, turn.inside, turn.moved, off, size, look, steps)
 
     def unfinished(now: _Climb) -> Array:
         short = jnp.any(now.off > now.goal(accuracy))
@@ -215,16 +217,6 @@ class _Turn(NamedTuple):
     def of(self, x: PyTree, p: PyTree, w: PyTree) -> tuple[PyTree, PyTree]:
         k = len(self.p)
         step = _sum(combine(self.p, p), combine(self.w, w))
-        if k == 1:
-            # A rotation by three shears, each of which takes the old one's place in
-            # memory unless the compiler puts them together.
-            apart = jax.lax.optimization_barrier
-            along, across = self.whole[0]
-            shear = lambda x, by, y: apart(jax.tree.map(lambda x, y: x + by * y, x, y))
-            step, half = apart(step), across / (1 + along)
-            x = shear(x, half, step)
-            step = shear(step, -across, x)
-            return shear(x, half, step), step
         both = lambda c: _sum(combine(c[:, :k], x), combine(c[:, k:], step))
         return both(self.whole[:k]), both(self.whole[k:])
 
@@ -253,11 +245,7 @@ def _turn(inside: Array, present: Array, look: Array) -> _Turn:
     # What is across the new x, of that in turn.
     old = jnp.concatenate([of_x, step], 1)
     new = old.T @ turn
-    if k == 1:
-        new = jnp.where(new[0] < 0, -new, new)
-        rest = jnp.stack([-new[1], new[0]])
-    else:
-        rest = jnp.linalg.qr(new, mode="complete")[0][:, k:]
+    rest = jnp.linalg.qr(new, mode="complete")[0][:, k:]
     here = jnp.concatenate([jnp.ones(k, bool), there])
     rest, moved = _columns(jnp.where(here[:, None], rest, 0))
     whole = jnp.concatenate([new, rest], 1)
