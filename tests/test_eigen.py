@@ -166,6 +166,21 @@ def test_krylov_spaces_that_end_at_once(k):
     np.testing.assert_allclose(rows @ rows.T, np.eye(k), atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("mix", [0.0, 1e-4])
+def test_what_has_overtaken_the_guess_is_found(mix, dtype):
+    """An eigenvector that others have grown above, exact or nearly so."""
+    n = 2000
+    bulk = np.random.default_rng(0).uniform(0, 0.9, n - 2)
+    values = jnp.asarray(np.append(bulk, [1.0, 1.1]), dtype)
+    guess = jnp.zeros(n, dtype).at[-2].set(1.0).at[-1].set(mix)[None]
+    pairs = solve_diagonal(values, guess)
+    np.testing.assert_allclose(pairs.values, [1.1], rtol=1e-6)
+    assert float(pairs.residuals[0]) < 3e-4
+    # Those to the guess, a look, those to the other, and another look.
+    assert int(pairs.iterations) < 2 * LOOK + 25
+
+
 def test_what_has_not_converged_says_so():
     # One eigenvalue every 1 / 4000: no gap to speak of at the top.
     values = jnp.linspace(-1.0, -1e-3, 4000)
