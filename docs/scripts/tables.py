@@ -244,23 +244,38 @@ def accelerator_cost(found: dict[str, Any]) -> str:
 
 
 def memory(found: dict[str, Any]) -> str:
-    """Copies of the parameters by program, model and size."""
-    columns = [
-        (f"{model}, {size}", own)
+    """Copies of the parameters by program, model and size: of compiled programs."""
+    own = [f"{own['gradient_own']:.1f}" for _, own in sizes(found)]
+    return copies(found, "copies", ["the gradient itself", *own])
+
+
+def memory_process(found: dict[str, Any]) -> str:
+    """The same of processes that run them, less one that runs the gradient."""
+    return copies(found, "process")
+
+
+def sizes(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What was measured of each model at each size."""
+    return [
+        (f"{model}, {size}", found[model][size])
         for model in ("mlp", "transformer")
-        for size, own in found.get(model, {}).items()
+        for size in sorted(found.get(model, {}), key=float)
+    ]
+
+
+def copies(found: dict[str, Any], key: str, *first: list[str]) -> str:
+    """A row for each program of which there is a figure, but the gradient's."""
+    has = lambda cell: isinstance(cell, dict) and key in cell
+    columns = [
+        (title, own) for title, own in sizes(found) if any(map(has, own.values()))
     ]
     names = dict.fromkeys(name for _, own in columns for name in own)
     lines = []
     for name in names:
-        cells = [own.get(name, {}) for _, own in columns]
-        if not any(isinstance(cell, dict) and "copies" in cell for cell in cells):
-            continue
-        shown = [f"{c['copies']:.1f}" if "copies" in c else "-" for c in cells]
-        if name != "gradient":
-            lines.append([name, *shown])
-    own = ["the gradient itself", *(f"{own['gradient_own']:.1f}" for _, own in columns)]
-    return rows(["", *(title for title, _ in columns)], [own, *lines])
+        cells = [own.get(name) for _, own in columns]
+        if name != "gradient" and any(map(has, cells)):
+            lines.append([name, *(f"{c[key]:.1f}" if has(c) else "-" for c in cells)])
+    return rows(["", *(title for title, _ in columns)], [*first, *lines])
 
 
 def accelerator_sweep(found: dict[str, Any]) -> str:
@@ -321,6 +336,7 @@ TABLES = {
     "watching": ("watch.json", watching),
     "convolutions": ("convolutions.json", convolutions),
     "memory": ("memory.json", memory),
+    "memory-process": ("memory.json", memory_process),
     "accelerator-cost": ("h100.json", accelerator_cost),
     "accelerator-sweep": ("h100.json", accelerator_sweep),
     "accelerator-accuracy": ("h100.json", accelerator_accuracy),

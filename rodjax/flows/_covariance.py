@@ -63,7 +63,7 @@ def covariance(dynamics: Dynamics, *, rank: int = 3, floor: Floor = None) -> Flo
     **Raises** `ValueError` if `rank` is below 1 or `floor` negative, and from `init`
     for any optimizer but gradient descent.
 
-    Memory of `integrate`, beyond the gradient's own: 27 copies of the parameters,
+    Memory of `integrate`, beyond the gradient's own: 29 copies of the parameters,
     with the default `rank`.
 
     ```python

@@ -15,7 +15,7 @@ def third_order(dynamics: Dynamics) -> Flow:
 
     **Raises** `ValueError` from `init` for any optimizer but gradient descent.
 
-    Memory of `integrate`, beyond the gradient's own: 9.2 copies of the parameters.
+    Memory of `integrate`, beyond the gradient's own: 10 copies of the parameters.
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
