@@ -155,6 +155,10 @@ def test_curvature_thresholds_and_watch():
     dynamics = rj.dynamics(optax.adam(0.1), loss)
     state = dynamics.init(start())
     assert_lowers(lambda w: rj.sharpness(loss, w), start())
+    # Of a few parameters the matrix is diagonalized.
+    bent = lambda w: jnp.sum(jnp.cos(w["a"]) * jnp.sin(w["b"]))
+    many = {"a": jnp.ones((9, 9), jnp.float32), "b": jnp.ones(9, jnp.float32)}
+    assert_lowers(lambda w: rj.sharpness(bent, w), many)
     assert_lowers(lambda w: rj.hessian_eigenpairs(loss, w, 2), start())
     assert_lowers(lambda state: rj.sharpness_ratio(dynamics, state), state)
     assert_lowers(lambda w: rj.threshold(dynamics, w), start())
