@@ -156,7 +156,7 @@ def test_curvature_thresholds_and_watch():
     state = dynamics.init(start())
     assert_lowers(lambda w: rj.sharpness(loss, w), start())
     # Of a few parameters the matrix is diagonalized.
-    bent = lambda w: jnp.sum(jnp.cos(w["a"]) * jnp.sin(w["b"]))
+    bent = lambda w: jnp.sum(jnp.cos(w["a"]) * jnp.sin(w["b"][None]))
     many = {"a": jnp.ones((9, 9), jnp.float32), "b": jnp.ones(9, jnp.float32)}
     assert_lowers(lambda w: rj.sharpness(bent, w), many)
     assert_lowers(lambda w: rj.hessian_eigenpairs(loss, w, 2), start())
