@@ -117,7 +117,8 @@ def ascend(
         off = jnp.where(look, now.off, jnp.sqrt(left))
 
         steps = now.steps + 1
-        goal = jnp.maximum(0.5 * accuracy * jnp.abs(value), level * size)
+        # Well within: the value is off by the square of it, over the gap.
+        goal = jnp.maximum(0.4 * accuracy * jnp.abs(value), level * size)
         sure = alone | (off > SURE * level * size)
         begin = ~look & sure & (off <= goal)
         check = climb & ~begin & (~(off > goal) | (steps >= most - 1))
