@@ -265,17 +265,22 @@ def sizes(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def copies(found: dict[str, Any], key: str, *first: list[str]) -> str:
     """A row for each program of which there is a figure, but the gradient's."""
-    has = lambda cell: isinstance(cell, dict) and key in cell
     columns = [
-        (title, own) for title, own in sizes(found) if any(map(has, own.values()))
+        (title, {name: x[key] for name, x in own.items() if key in _parts(x)})
+        for title, own in sizes(found)
     ]
+    columns = [(title, own) for title, own in columns if own]
     names = dict.fromkeys(name for _, own in columns for name in own)
-    lines = []
-    for name in names:
-        cells = [own.get(name) for _, own in columns]
-        if name != "gradient" and any(map(has, cells)):
-            lines.append([name, *(f"{c[key]:.1f}" if has(c) else "-" for c in cells)])
+    lines = [
+        [name, *(f"{own[name]:.1f}" if name in own else "-" for _, own in columns)]
+        for name in names
+        if name != "gradient"
+    ]
     return rows(["", *(title for title, _ in columns)], [*first, *lines])
+
+
+def _parts(figures: Any) -> dict[str, Any]:
+    return figures if isinstance(figures, dict) else {}
 
 
 def accelerator_sweep(found: dict[str, Any]) -> str:

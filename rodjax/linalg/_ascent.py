@@ -142,7 +142,9 @@ def ascend(
             x,
             ax,
             p,
-            stage=_either(look | begin, LOOK, check, VECTOR, now.stage * 0 + DIRECTION),
+            stage=_either(
+                look | begin, LOOK, check, VECTOR, jnp.full_like(now.stage, DIRECTION)
+            ),
             value=value,
             off=off,
             size=size,
