@@ -89,7 +89,7 @@ class Model(NamedTuple):
 
 
 def models() -> dict[str, Model]:
-    """All flows but those of gradient descent alone, and a bundle of three rods."""
+    """All but those of gradient descent alone, three rods, and the third order."""
     found = {}
     for name, record in rj.flows.REGISTRY.items():
         if record.serves == "gradient descent":
@@ -99,6 +99,8 @@ def models() -> dict[str, Model]:
         found[name] = Model(partial(record.build, **options), served)
         if name == "rod":
             found["bundle"] = Model(partial(record.build, rank=3), WITHOUT_MOMENTUM)
+        if name == "modulated":
+            found["modulated-3"] = Model(partial(record.build, order=3), served)
     return found
 
 
@@ -109,6 +111,8 @@ EVERY = 5
 # Sharpness over threshold from which on a run counts as being at the threshold.
 AT_THRESHOLD = 0.9
 SHARE = 0.5
+# Of the stable flow's final distance: what the horizon of a flow is passed by.
+LOST = 0.05
 
 
 def share_at_threshold(ratio: Any) -> float:
@@ -152,6 +156,13 @@ def served(optimizer: str, flows: Collection[str]) -> list[str]:
     return [name for name in flows if optimizer in FLOWS[name].served]
 
 
+def horizon(compared: rj.Comparison, lost: float) -> float:
+    """Steps until a distance passes `lost`, infinite if it does not."""
+    passed = ~(np.asarray(compared.distance) <= lost)
+    steps = np.asarray(compared.steps) - np.asarray(compared.steps)[0]
+    return float(steps[np.argmax(passed)]) if passed.any() else math.inf
+
+
 # The optimizer's whole state at the centre, for what is computed from it afterwards.
 STATES = rj.Metric(
     lambda snapshot, *, lr: (),
@@ -192,13 +203,14 @@ def measure(
         return dataclasses.replace(path, metrics=metrics | more)
 
     start = rj.warm_up(dynamics, problem.params, warmup, lr=lr)
-    whole = dict(found or {})
+    whole, compared = dict(found or {}), {}
     if LIMIT not in whole:
         began = time.perf_counter()
-        limit = rj.predictability(dynamics, start, steps, lr=lr, every=EVERY).summary()
-        limit["seconds"] = time.perf_counter() - began
+        nudged = rj.predictability(dynamics, start, steps, lr=lr, every=EVERY)
+        limit = nudged.summary() | {"seconds": time.perf_counter() - began}
         keys = "final_distance", "mean_distance", "diverged_at", "seconds"
         whole[LIMIT] = {key: limit[key] for key in keys}
+        compared[LIMIT] = nudged
     known = whole.get("flows", {})
     missing = lacking(whole, flows)
     if missing:
@@ -219,9 +231,15 @@ def measure(
             began = time.perf_counter()
             flow = FLOWS[name].build(dynamics)
             paths[name] = with_curvature(rj.integrate(flow, start, steps, **common))
-            summaries[name] = rj.compare(run, paths[name]).summary()
+            compared[name] = rj.compare(run, paths[name])
+            summaries[name] = compared[name].summary()
             summaries[name]["seconds"] = time.perf_counter() - began
         whole["flows"] = summaries
+        if "stable" in summaries:
+            lost = LOST * summaries["stable"]["final_distance"]
+            for name, one in compared.items():
+                own = whole[LIMIT] if name == LIMIT else summaries[name]
+                own["horizon"] = horizon(one, lost)
         title = f"{problem.name}, {optimizer}, lr {lr:.3g}"
         rj.plot(run, paths, title).savefig(out.with_suffix(".png"), dpi=100)
         data = rj.dataset(run, paths, lr=lr)

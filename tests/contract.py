@@ -61,13 +61,14 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "rod plain": Variant("rod", {"bea": False}),
+    "rod plain": Variant("rod", {"order": 1}),
     "bundle": Variant("rod", {"rank": 3}, SERVES["preconditioned"]),
-    "bundle plain": Variant("rod", {"rank": 3, "bea": False}, ("sgd",)),
+    "bundle plain": Variant("rod", {"rank": 3, "order": 1}, ("sgd",)),
     # The oracle, and less correction, see the optimizer as the others do.
     "dense": Variant("rod", {"dense": True}),
-    "dense plain": Variant("rod", {"dense": True, "bea": False}),
-    "modulated plain": Variant("modulated", {"bea": False}),
+    "dense plain": Variant("rod", {"dense": True, "order": 1}),
+    "modulated plain": Variant("modulated", {"order": 1}),
+    "modulated third": Variant("modulated", {"order": 3}),
     "principal top": Variant("principal", {"rank": 2}, ("sgd",)),
 }
 FLOWS = {
@@ -84,6 +85,7 @@ QUICK = {
     "dense plain": ("sgd",),
     "modulated": ("sgd", "nadam"),
     "modulated plain": ("adam",),
+    "modulated third": ("nadam",),
     "edge": ("sgd", "nadam"),
     "central": ("sgd",),
 }

@@ -56,12 +56,12 @@ def on_edge(dynamics, at):
 #: name -> the flow, without a floor, and its state on a cycle.
 HELD = {
     "modulated": lambda sgd, at: (modulated(sgd, floor=0.0), on_modulated(sgd, at)),
-    "modulated, no bea": lambda sgd, at: (
-        modulated(sgd, bea=False, floor=0.0),
+    "modulated, plain": lambda sgd, at: (
+        modulated(sgd, order=1, floor=0.0),
         on_modulated(sgd, at),
     ),
     "rod": lambda sgd, at: (rod(sgd), on_rod(sgd, at)),
-    "rod, no bea": lambda sgd, at: (rod(sgd, bea=False), on_rod(sgd, at)),
+    "rod, plain": lambda sgd, at: (rod(sgd, order=1), on_rod(sgd, at)),
     "edge": lambda sgd, at: (edge(sgd, floor=0.0), on_edge(sgd, at)),
     "covariance": lambda sgd, at: (
         covariance(sgd, rank=2, floor=0.0),

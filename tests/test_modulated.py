@@ -66,7 +66,7 @@ def ends_of(flow, path):
 def test_split_is_exact(name):
     """A unit Euler step moves c + delta to c1 - delta1 as the optimizer would."""
     dynamics = rj.dynamics(OPTIMIZERS[name], quartic)
-    flow = modulated(dynamics, bea=False, floor=0.0)
+    flow = modulated(dynamics, order=1, floor=0.0)
 
     @jax.jit
     def step(y):
@@ -94,7 +94,7 @@ def test_split_is_exact(name):
 @pytest.mark.parametrize("name", ["sgd", "nesterov"])
 def test_unit_steps_are_the_run(name):
     dynamics = rj.dynamics(OPTIMIZERS[name], quartic)
-    flow = modulated(dynamics, bea=False, floor=0.0)
+    flow = modulated(dynamics, order=1, floor=0.0)
     begin = rj.warm_up(dynamics, START, steps=4)
     y = begun(flow, begin)
     same(shift(y.mean, y.delta), dynamics.fluid(begin.at(0)))
@@ -119,10 +119,10 @@ BOWL = rj.dynamics(optax.sgd, bowl)
 ONES = jnp.ones(3)
 
 
-@partial(jax.jit, static_argnames=("bea", "steps", "substeps"))
-def plucked(start, lr, bea, steps, substeps):
+@partial(jax.jit, static_argnames=("order", "steps", "substeps"))
+def plucked(start, lr, order, steps, substeps):
     """From ones and with this delta: centres, and deltas along the sharpest."""
-    flow = modulated(BOWL, bea=bea, floor=0.0)
+    flow = modulated(BOWL, order=order, floor=0.0)
     y = flow.init(ONES, lr=lr, key=KEY)
     y = y._replace(delta=(start, *y.delta[1:]))
     path = walk(flow, y, steps, lr=lr, substeps=substeps)
@@ -132,31 +132,50 @@ def plucked(start, lr, bea, steps, substeps):
 def test_quadratic_in_closed_form():
     """Plain: c' = -eta H c and delta' = (eta H - 2) delta, each by itself."""
     lr, t = 0.2, np.arange(7.0)
-    centre, delta = plucked(jnp.array([0.1, 0.0, 0.0]), lr, False, 6, 64)
+    centre, delta = plucked(jnp.array([0.1, 0.0, 0.0]), lr, 1, 6, 64)
     np.testing.assert_allclose(centre, np.exp(-lr * np.outer(t, SLOPE)), rtol=4e-4)
     exact = 0.1 * np.exp((lr * 4.0 - 2.0) * t)
     np.testing.assert_allclose(delta, exact, rtol=2e-3)
 
 
-def grown(bea, product):
+def grown(order, product):
     """By what delta grows in a step at this eta lambda."""
-    delta = plucked(jnp.array([1e-3, 0.0, 0.0]), product / 4.0, bea, 6, 64)[1]
+    delta = plucked(jnp.array([1e-3, 0.0, 0.0]), product / 4.0, order, 6, 64)[1]
     return np.asarray(delta[1:] / delta[:-1])
 
 
 @pytest.mark.parametrize("product", [2.05, 2.2, 2.4, 2.6])
 def test_growth_is_exact(product):
     exact = product - 1.0
-    np.testing.assert_allclose(grown(True, product), exact, rtol=1e-3)
+    for order in (2, 3):
+        np.testing.assert_allclose(grown(order, product), exact, rtol=1e-3)
     # Uncorrected, delta grows by exp(exact - 1).
-    np.testing.assert_allclose(grown(False, product), np.exp(exact - 1.0), rtol=1e-3)
+    np.testing.assert_allclose(grown(1, product), np.exp(exact - 1.0), rtol=1e-3)
 
 
+@pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("product", [1.0, 1.5, 1.9])
-def test_decays_below_the_threshold(product):
-    assert np.all(grown(True, product) < 1.0)
+def test_decays_below_the_threshold(product, order):
+    assert np.all(grown(order, product) < 1.0)
     if product > 1.8:  # as exactly as above, not far from the threshold
-        np.testing.assert_allclose(grown(True, product), product - 1.0, rtol=1e-3)
+        np.testing.assert_allclose(grown(order, product), product - 1.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("product", [2.0, 2.5, 3.0])
+def test_third_order_is_not_too_stiff_for_the_default_solver(product):
+    """What grows along delta contracts in c, and by 4 substeps of Heun it does."""
+    flow = modulated(BOWL, order=3, floor=0.0)
+    lr = jnp.asarray(product / 4.0)
+    y = flow.init(ONES, lr=lr, key=KEY)
+    delta = jnp.array([1e-9, 0.0, 0.0])
+    path = walk(flow, y._replace(delta=(delta, *y.delta[1:])), 5, lr=lr, substeps=4)
+    steps = np.abs(path.mean.params[:, 0])
+    assert np.all(steps[1:] < 0.9 * steps[:-1])
+
+
+def test_orders_that_there_are():
+    with pytest.raises(ValueError, match="order must be 1, 2 or 3, got 4"):
+        modulated(BOWL, order=4)
 
 
 @jax.jit
@@ -202,7 +221,7 @@ def test_small_delta_is_not_lost_among_rounding_errors(size):
     """The plain field is (eta H - 2) delta where c + delta = c in float32, too."""
     slope = jnp.linspace(0.5, 4.0, 100, dtype="float32")
     dynamics = rj.dynamics(optax.sgd, lambda w: 0.5 * w @ (slope * w))
-    flow = modulated(dynamics, bea=False, floor=0.0)
+    flow = modulated(dynamics, order=1, floor=0.0)
     lr = jnp.asarray(0.5, "float32")
     y = flow.init(jnp.ones(100, "float32"), lr=lr, key=KEY)
     delta = size * jax.random.normal(KEY, (100,), "float32")

@@ -34,10 +34,16 @@ def test_starts_as_well_as_the_stable_flow(name, dtype):
     dynamics = rj.dynamics(factory, problem.loss)
     run = rj.descend(dynamics, params, STEPS, lr=lr)
     distance = {}
-    for build in (rj.flows.stable, rj.flows.modulated):
-        path = rj.integrate(build(dynamics), params, STEPS, lr=lr)
-        distance[build.__name__] = np.asarray(rj.compare(run, path).distance)
+    flows = {
+        "stable": rj.flows.stable(dynamics),
+        2: rj.flows.modulated(dynamics),
+        3: rj.flows.modulated(dynamics, order=3),
+    }
+    for label, flow in flows.items():
+        path = rj.integrate(flow, params, STEPS, lr=lr)
+        distance[label] = np.asarray(rj.compare(run, path).distance)
     # The first step has a length of its own, as long as there is no second moment.
     first = optax.tree.norm(jax.tree.map(lambda x: x[1, 0] - x[0, 0], run.ends))
-    assert distance["modulated"][1] < 0.5 * first
-    assert distance["modulated"].mean() < 0.75 * distance["stable"].mean()
+    for order in (2, 3):
+        assert distance[order][1] < 0.5 * first
+        assert distance[order].mean() < 0.75 * distance["stable"].mean()

@@ -180,7 +180,12 @@ def half_step_back(y: State, field: State) -> State:
 
     ```
     """
-    back = jax.tree.map(lambda a, f: a - 0.5 * f, y, field)
+    return step_back(y, field, 0.5)
+
+
+def step_back(y: State, field: State, share: float) -> State:
+    """`half_step_back` by another share of a step."""
+    back = jax.tree.map(lambda a, f: a - share * f, y, field)
     slow = jax.tree.map(
         lambda b, s, f: jnp.maximum(b, YOUNG * (s + f)), back.slow, y.slow, field.slow
     )

@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.flows._flow import (
+    YOUNG,
     Floor,
     Flow,
     centre_of,
@@ -15,11 +16,12 @@ from rodjax.flows._flow import (
     half_step_back,
     shift,
     stack,
+    step_back,
 )
 from rodjax.flows._ringing import ringing
 from rodjax.flows._scope import check_seen, warn_of_period
 from rodjax.linalg import alike, dot, length, random_direction
-from rodjax.optimizer import Dynamics, State, Window, alternating
+from rodjax.optimizer import Dynamics, State, Window, alternating, has_momentum
 
 # Growth rates per step for which the scalar logarithm below is used as it is.
 SLOWEST, FASTEST = -0.3, 1.0
@@ -30,6 +32,11 @@ GATHERED = 3.0
 VISIBLE = 32.0
 # How many times its second difference the sixth of an alternation may be.
 UNSTEADY = 2.0
+# Of the nested field of order 3: f(y - NEAR f(y - FAR f(y))) counts LAST, and the rest
+# of 1 f(y). With these f'f counts -1/2, f'f'f 1/3 and f''(f, f) 1/12, all as they must.
+LAST, NEAR, FAR = 1.5, 1 / 3, 2 / 3
+# With momentum, for less of f'f'f keeps the whole disc |1 + X| <= 1 from growing.
+DAMPED = 1 / 3
 
 
 class ModulatedState(NamedTuple):
@@ -47,7 +54,7 @@ class ModulatedState(NamedTuple):
     log_decay: Float[Array, ""]
 
 
-def modulated(dynamics: Dynamics, *, bea: bool = True, floor: Floor = None) -> Flow:
+def modulated(dynamics: Dynamics, *, order: int = 2, floor: Floor = None) -> Flow:
     r"""The modulated flow of any optimizer (ours).
 
     Write the optimizer's phase as $z_t = c_t + (-1)^t \delta_t$ with c and delta both
@@ -64,11 +71,15 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, floor: Floor = None) -> F
     **Arguments**
 
     - `dynamics`: from `rodjax.dynamics`.
-    - `bea`: correct the field f by backward error analysis, $f(y - f(y)/2)$ in place
-      of $f(y)$; four evaluations of Phi in place of two. Along delta, the half is
-      replaced by $k(\sigma) = (\sigma - \log(1 + \sigma))/\sigma^2 = 1/2 - \sigma/3 +
-      \dots$ with sigma the growth rate of delta, so that its growth is exact however
-      violent the onset.
+    - `order`: of the logarithm of the update map that the field f is corrected to by
+      backward error analysis, 1, 2 or 3, for 2, 4 or 6 evaluations of Phi. 1: f itself.
+      2: $f(y - f(y)/2)$. 3: $\tfrac32 f(y - \tfrac13 g) - \tfrac12 f$, $g = f(y - b
+      f(y))$, which with b = 2/3 is $f - \tfrac12 f'f + \tfrac13 f'f'f + \tfrac1{12}
+      f''(f, f)$; with momentum b = 1/3 for the phase, lest the complex pairs of
+      momentum grow. Along delta, the 1/2 is replaced by $k(\sigma) = (\sigma - \log(1
+      + \sigma))/\sigma^2 = 1/2 - \sigma/3 + \dots$ with sigma the growth rate of
+      delta, so that its growth is exact however violent the onset, and the centre is
+      not taken back further than a solver with 4 substeps bears.
     - `floor`: the least size of delta in the parameters, relative to their norm; `None`
       for what rounding gives one direction of a real run, the dtype's epsilon times
       3/sqrt(n), at most 1, for n parameters; 0 for none; or a function of `lr`,
@@ -83,8 +94,9 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, floor: Floor = None) -> F
     Memory of `integrate`, beyond the gradient's own: 8 copies of the parameters without
     momentum, 17 with Adam.
 
-    **Raises** `ValueError` if `floor` is negative, and from `init` if the loss
-    multiplies in half a precision (`rodjax.flows.check_seen`). Warns from `init`, by
+    **Raises** `ValueError` if `order` is none of these or `floor` negative, and from
+    `init` if the loss multiplies in half a precision (`rodjax.flows.check_seen`). Warns
+    from `init`, by
     `rodjax.flows.PeriodWarning`, of an optimizer that first loses stability to an
     oscillation of another period, as two filters of the gradient in a row do; says
     nothing of one whose `lr` is several hyperparameters, which may decide on it.
@@ -99,6 +111,8 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, floor: Floor = None) -> F
 
     ```
     """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order must be 1, 2 or 3, got {order}")
     least = floor_size(floor)
 
     def roundoff(params: PyTree, lr: PyTree) -> Array:
@@ -118,14 +132,43 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, floor: Floor = None) -> F
         )
         return d_mean, d_delta
 
+    def corrected(
+        mean: State, delta: PyTree, d_mean: State, d_delta: PyTree, lr: PyTree
+    ) -> tuple[State, PyTree]:
+        rate = _growth(delta, d_delta)
+        lag = _lag(rate)
+        if order == 2:
+            back = optax.tree.add_scale(delta, -lag, d_delta)
+            return raw_field(half_step_back(mean, d_mean), back, lr)
+        far = DAMPED if has_momentum(mean) else FAR
+        back = step_back(mean, d_mean, FAR)
+        share = _bearable(far, rate)
+        back = back._replace(
+            phase=optax.tree.add_scale(mean.phase, -share, d_mean.phase)
+        )
+        mid = optax.tree.add_scale(delta, -far, d_delta)
+        g_mean, g_delta = raw_field(back, mid, lr)
+        # So that on what grows by sigma the three come to sigma - k(sigma) sigma^2.
+        near = lag / (LAST * (1.0 - far * rate))
+        back = optax.tree.add_scale(delta, -near, g_delta)
+        last = raw_field(step_back(mean, g_mean, NEAR), back, lr)
+        mix = lambda f, h: (1.0 - LAST) * f + LAST * h
+        field, d_delta = jax.tree.map(mix, (d_mean, d_delta), last)
+        # As where the fields are evaluated: second moments grow from nothing.
+        slow = jax.tree.map(
+            lambda f, s, first: jnp.maximum(f, YOUNG * (s + first) - s),
+            field.slow,
+            mean.slow,
+            d_mean.slow,
+        )
+        return field._replace(slow=slow), d_delta
+
     def vector_field(t, y: ModulatedState, lr: PyTree) -> ModulatedState:
         d_mean, d_delta = raw_field(y.mean, y.delta, lr)
         lowest = jnp.maximum(roundoff(y.mean.params, lr), y.memory)
         push = 2.0 * jnp.maximum(lowest / _size(y.delta, d_delta) - 1.0, 0.0)
-        if bea:
-            lag = _lag(y.delta, d_delta)
-            back = jax.tree.map(lambda d, f: d - lag * f, y.delta, d_delta)
-            d_mean, d_delta = raw_field(half_step_back(y.mean, d_mean), back, lr)
+        if order > 1:
+            d_mean, d_delta = corrected(y.mean, y.delta, d_mean, d_delta, lr)
         return ModulatedState(
             mean=d_mean,
             delta=optax.tree.add_scale(d_delta, push, y.delta),
@@ -162,7 +205,7 @@ def modulated(dynamics: Dynamics, *, bea: bool = True, floor: Floor = None) -> F
             {},
         ),
         dynamics=dynamics,
-        evaluations=4 if bea else 2,
+        evaluations=2 * order,
     )
 
 
@@ -200,14 +243,28 @@ def _reach(params: PyTree, delta: PyTree) -> Array:
     return jnp.clip(visible / jnp.maximum(size, tiny), 1.0, 1.0 / float(epsilon))
 
 
-def _lag(delta: PyTree, d_delta: PyTree) -> Array:
-    """k(sigma) at the growth rate of delta: how far back BEA evaluates its field."""
+def _growth(delta: PyTree, d_delta: PyTree) -> Array:
+    """sigma, the growth rate of delta by its plain field."""
     size = jnp.maximum(dot(delta[0], delta[0]), 0.0)
     tiny = jnp.finfo(size.dtype).tiny
     rate = dot(delta[0], d_delta[0]) / jnp.maximum(size, tiny)
-    rate = jnp.clip(rate, SLOWEST, FASTEST)
+    return jnp.clip(rate, SLOWEST, FASTEST)
+
+
+def _lag(rate: Array) -> Array:
+    """k(sigma): how far back along delta its field is evaluated."""
     # The closed form cancels near zero; there its series is exact to rounding.
     small = jnp.abs(rate) < 0.02
     safe = jnp.where(small, 1.0, rate)
     series = 0.5 + rate * (-1 / 3 + rate * (1 / 4 - rate / 5))
     return jnp.where(small, series, (safe - jnp.log1p(safe)) / safe**2)
+
+
+def _bearable(far: float, rate: Array) -> Array:
+    """b of order 3, less where delta grows so that c's field gets no stiffer.
+
+    Where delta grows by sigma, c is contracted by s = 2 + sigma, which the field makes
+    s + s^2/2 + b s^3/2 of: no more than at the threshold, where s = 2.
+    """
+    s = 2.0 + jnp.maximum(rate, 0.0)
+    return jnp.minimum(far, 2.0 * (4.0 + 4.0 * far - s - 0.5 * s**2) / s**3)

@@ -38,7 +38,7 @@ class RodState(NamedTuple):
 
 
 def rod(
-    dynamics: Dynamics, *, rank: int = 1, bea: bool = True, dense: bool = False
+    dynamics: Dynamics, *, rank: int = 1, order: int = 2, dense: bool = False
 ) -> Flow:
     r"""The rod flow of any optimizer; with `rank > 1`, a bundle of rods.
 
@@ -68,13 +68,14 @@ def rod(
 
     - `dynamics`: from `rodjax.dynamics`.
     - `rank`: number of rods r.
-    - `bea`: correct the centre; 4 r evaluations of Phi per call in place of 2 r.
+    - `order`: 2 for the corrected centre, 1 for G itself, with 2 r evaluations of Phi
+      per call in place of 4 r.
     - `dense`: keep all of Sigma, d by d with d the size of the phase, and take its
       `rank` leading directions as rods: an oracle for small problems.
 
-    **Raises** `ValueError` if `rank` is below 1, and from `init` if it exceeds the
-    number of entries of the phase, or is above 1 for an optimizer with momentum: its
-    map is not normal, and the projected bundle blows up on it;
+    **Raises** `ValueError` if `rank` is below 1 or `order` not 1 or 2, and from `init`
+    if `rank` exceeds the number of entries of the phase, or is above 1 for an optimizer
+    with momentum: its map is not normal, and the projected bundle blows up on it;
     `rodjax.flows.modulated` is the flow for several unstable directions there. Warns
     as `modulated` does.
 
@@ -95,6 +96,8 @@ def rod(
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order}")
 
     def spread(mean: State, rods: PyTree, lr: PyTree) -> tuple[State, PyTree]:
         """Mean increment of all ends, and the half-differences over sqrt(r)."""
@@ -127,7 +130,7 @@ def rod(
             grow = flat.T @ flat - 2.0 * y.extent
         else:
             grow = tangent(columns, y.extent)
-        if bea:
+        if order == 2:
             drift, _ = spread(half_step_back(y.mean, drift), rods, lr)
         return RodState(drift, grow)
 
@@ -171,7 +174,7 @@ def rod(
         vector_field=vector_field,
         observe=observe,
         dynamics=dynamics,
-        evaluations=(4 if bea else 2) * rank,
+        evaluations=2 * order * rank,
         offset=0.5,
     )
 
