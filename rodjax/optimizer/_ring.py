@@ -45,23 +45,23 @@ def ring(window: Window) -> Ring:
     return Ring(window.states, first(), first(), window.step)
 
 
-def push(ring: Ring, new: State, go: ArrayLike, all_go: ArrayLike) -> Ring:
+def push(ring: Ring, new: State, go: ArrayLike) -> tuple[Ring, State]:
     """The ring one step later, `new` being its newest state; stopped unless `go`.
 
-    `all_go`: the same in all lanes of a vmap, whether those that have not stopped go.
+    And what its slot then holds: `new`, or of a lane that has stopped an old state. To
+    carry that, and not `new` beside it, spares a loop a copy of the state.
     """
-
-    def put(x: Array, y: Array) -> Array:
-        y = jnp.where(go, y, _read(x, ring.slot))
-        return jax.lax.dynamic_update_index_in_dim(x, y, ring.slot, 0)
-
+    there = lambda x, y: jnp.where(go, y, _read(x, ring.slot))
+    put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, ring.slot, 0)
+    held = jax.tree.map(there, ring.states, new)
     moved = jnp.asarray(go, jnp.int32)
-    return Ring(
-        jax.tree.map(put, ring.states, new),
-        (ring.slot + jnp.asarray(all_go, jnp.int32)) % LENGTH,
+    after = Ring(
+        jax.tree.map(put, ring.states, held),
+        (ring.slot + 1) % LENGTH,
         (ring.oldest + moved) % LENGTH,
         ring.step + jnp.astype(moved, ring.step.dtype),
     )
+    return after, held
 
 
 def unrolled(ring: Ring) -> Window:
@@ -85,8 +85,7 @@ def go_on(dynamics: Dynamics, window: Window, steps: int, lr: PyTree) -> Window:
 
     def one(_: Any, carry: tuple[Ring, State]) -> tuple[Ring, State]:
         ring, newest = carry
-        new = dynamics.update(newest, lr=lr)
-        return push(ring, new, True, True), new
+        return push(ring, dynamics.update(newest, lr=lr), True)
 
     # Of fixed length, which reverse-mode differentiation needs.
     before = ring(window), window.at(REACH)

@@ -61,8 +61,8 @@ class Course(NamedTuple):
     - `advance(state, alive, go) -> (state, lost_at, calls)`: the state at the next
       moment, or at this one unless `go`; the last finite one if it is lost or not
       `alive`; the step at which it was, infinite if it was not; and the update-map
-      evaluations spent. `go`, the same in all lanes of a vmap, is told to it, for XLA
-      copies what a branch around all of it would hand on.
+      evaluations spent. `go`, the same in all lanes of a vmap, is for one branch around
+      all of it: at one in every step a GPU would wait for the host.
     - `enter(start) -> state`, `leave(state) -> final`: what is followed, of where it
       starts from, and back.
     - `loss(params)`, `lr`: what divergence is judged by, and metrics are to be told.
@@ -104,24 +104,25 @@ def descent(dynamics: Dynamics, lr: PyTree, every: int) -> Course:
     def advance(
         run: Following, alive: ArrayLike, go: ArrayLike
     ) -> tuple[Following, Array, Array]:
+        never, none = jnp.full_like(run.lost_at, jnp.inf), jnp.zeros_like(run.lost_at)
+        return jax.lax.cond(go, steps, lambda run, _: (run, never, none), run, alive)
+
+    def steps(run: Following, alive: ArrayLike) -> tuple[Following, Array, Array]:
         def one(_: Any, carry: tuple[Following, State, Array]):
             run, newest, calls = carry
-            going = jnp.isinf(run.lost_at) & jnp.asarray(alive) & jnp.asarray(go)
-            update = partial(dynamics.update, lr=lr)
-            new = jax.lax.cond(go, update, optax.tree.zeros_like, newest)
+            going = jnp.isinf(run.lost_at) & alive
+            new = dynamics.update(hidden(newest, going), lr=lr)
             # Other leaves may be infinite in good health, as of a line search at first.
-            # Parameters that are not finite stay so: what follows need not be held.
             ok = _finite(new.params)
             this = run.states.step + REACH + 1
             lost_at = jnp.where(going & ~ok, this, run.lost_at)
-            states = push(run.states, new, going & ok, go)
-            return Following(states, lost_at), new, calls + going
+            states, newest = push(run.states, new, going & ok)
+            return Following(states, lost_at), newest, calls + going
 
-        newest = hidden(run.states.at(REACH), alive)
-        before = run, newest, jnp.zeros((), run.lost_at.dtype)
+        before = run, run.states.at(REACH), jnp.zeros_like(run.lost_at)
         run, _, calls = jax.lax.fori_loop(0, every, one, before)
         # What a window begins with and has lost is seen where it is left.
-        return run, jnp.where(go, run.lost_at, jnp.inf), calls
+        return run, run.lost_at, calls
 
     leave = lambda run: unrolled(run.states)
     return Course(look, advance, enter, leave, dynamics.loss, lr)
@@ -255,5 +256,17 @@ def hidden(tree: PyTree, shown: ArrayLike) -> PyTree:
 
 
 def _finite(tree: PyTree) -> Array:
+    """Whether all numbers are finite.
+
+    By products with the least number, NaN or infinite if one of a row is, and in no
+    case else: on a CPU in a fraction of the time that it takes to ask them one by one.
+    """
+
+    def rows(x: Array) -> Array:
+        x = jax.lax.stop_gradient(x)
+        if x.ndim < 2:
+            return x
+        return x @ jnp.full(x.shape[-1], jnp.finfo(x.dtype).tiny, x.dtype)
+
     leaves = jax.tree.leaves(tree)
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(rows(x))) for x in leaves]))

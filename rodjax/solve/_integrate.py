@@ -82,7 +82,7 @@ def descend(
     forwards and in reverse.
 
     **Memory**, beyond the gradient's own: 4 copies of the parameters without momentum,
-    9 with Adam, whatever `steps` is; the window that it begins with, the one that it
+    5 with Adam, whatever `steps` is; the window that it begins with, the one that it
     ends with (seven states each) and what `keep` keeps are beside that.
 
     **Raises** `ValueError` on a `steps` that is not a positive multiple of `every`, on
