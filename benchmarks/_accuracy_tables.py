@@ -153,6 +153,27 @@ def over_limit(
     return "\n".join([head(["row", *others]), *map(row, lines)])
 
 
+def horizons(
+    saved: Mapping[str, Mapping[str, Any]], rows: Sequence[str], flows: Sequence[str]
+) -> str:
+    """The third table: steps until a distance passes a share of the stable flow's."""
+
+    def median(name: str, model: str) -> str:
+        found = saved[name]["seeds"].values()
+        own = [
+            one[LIMIT] if model == LIMIT else one["flows"].get(model, {})
+            for one in found
+            if followed(one)
+        ]
+        known = [one["horizon"] for one in own if "horizon" in one]
+        steps = np.median([math.inf if x is None else x for x in known or [math.nan]])
+        return f"{steps:.0f}" if math.isfinite(steps) else "all" if known else ""
+
+    models = [LIMIT, *(flow for flow in flows if flow != STABLE)]
+    lines = [[name, *(median(name, model) for model in models)] for name in rows]
+    return "\n".join([head(["row", *models]), *map(row, lines)])
+
+
 def conclude(rows: Mapping[str, Mapping[str, Any]], flows: Sequence[str]) -> None:
     """Medians over the rows, the worst one, and the rows that do not count."""
     print(f"\nMedian and worst of {len(rows)} rows, final / mean:")

@@ -7,7 +7,8 @@ weights. Of each flow the table has the distance of its centre from the run's mi
 (at the end and averaged over the window, relative to the stable flow's) and the median
 of its sharpness over threshold in the last third. The column `limit` is the distance of
 the run from itself where it is nudged by one rounding error (`rj.predictability`); a
-second table relates the flows to it. Figures of several seeds are medians.
+second table relates the flows to it, a third has the horizons: steps until a distance
+passes 5 % of the stable flow's last. Figures of several seeds are medians.
 
     python benchmarks/accuracy.py                          # on digits
     python benchmarks/accuracy.py --rows mlp-gd,cnn-adam --seeds 0,1 --float64
@@ -23,11 +24,12 @@ from functools import partial
 from typing import Any
 
 import jax
-from _accuracy_tables import conclude, figures, line, over_limit, titles
+from _accuracy_tables import conclude, figures, horizons, line, over_limit, titles
 from _common import arguments, head, row, words, write
 from _rows import (
     FLOWS,
     LIMIT,
+    LOST,
     NETWORKS,
     OTHER_WINDOWS,
     SAMPLES,
@@ -124,6 +126,9 @@ def main() -> None:
     print(
         f"\nOver the limit, final / mean:\n\n{over_limit(saved['rows'], rows, flows)}"
     )
+    share = format(LOST, ".0%")
+    print(f"\nSteps until a distance passes {share} of the stable flow's last:\n")
+    print(horizons(saved["rows"], rows, flows))
     conclude({name: saved["rows"][name] for name in rows}, flows)
 
 

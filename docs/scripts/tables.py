@@ -18,6 +18,7 @@ ACCURACY = {
     "rod": "rod",
     "bundle": "bundle of 3",
     "modulated": "modulated",
+    "modulated-3": "modulated, order 3",
     "edge": "edge",
     "central": "central",
 }
