@@ -32,11 +32,12 @@ GATHERED = 3.0
 VISIBLE = 32.0
 # How many times its second difference the sixth of an alternation may be.
 UNSTEADY = 2.0
-# Of the nested field of order 3: f(y - NEAR f(y - FAR f(y))) counts LAST, and the rest
-# of 1 f(y). With these f'f counts -1/2, f'f'f 1/3 and f''(f, f) 1/12, all as they must.
+# Of the nested field of order 3: f(y - NEAR f(y - b f(y))) counts LAST, and the rest of
+# 1 f(y). With b = FAR f'f counts -1/2, f'f'f 1/3 and f''(f, f) 1/12, all as they must.
 LAST, NEAR, FAR = 1.5, 1 / 3, 2 / 3
-# With momentum, for less of f'f'f keeps the whole disc |1 + X| <= 1 from growing.
-DAMPED = 1 / 3
+# What momentum takes from b, times what is left of an alternation squared after a step:
+# with b above 1/3 a rate on the circle |1 + X| = 1 may grow. Measured.
+RINGING = 0.5
 
 
 class ModulatedState(NamedTuple):
@@ -75,11 +76,12 @@ def modulated(dynamics: Dynamics, *, order: int = 2, floor: Floor = None) -> Flo
       backward error analysis, 1, 2 or 3, for 2, 4 or 6 evaluations of Phi. 1: f itself.
       2: $f(y - f(y)/2)$. 3: $\tfrac32 f(y - \tfrac13 g) - \tfrac12 f$, $g = f(y - b
       f(y))$, which with b = 2/3 is $f - \tfrac12 f'f + \tfrac13 f'f'f + \tfrac1{12}
-      f''(f, f)$; with momentum b = 1/3 for the phase, lest the complex pairs of
-      momentum grow. Along delta, the 1/2 is replaced by $k(\sigma) = (\sigma - \log(1
-      + \sigma))/\sigma^2 = 1/2 - \sigma/3 + \dots$ with sigma the growth rate of
-      delta, so that its growth is exact however violent the onset, and the centre is
-      not taken back further than a solver with 4 substeps bears.
+      f''(f, f)$; with momentum $b = 2/3 - \rho^2/2$ for the phase, rho what it keeps of
+      an alternation in a step, lest its complex pairs grow. Along delta, the 1/2 is
+      replaced by $k(\sigma) = (\sigma - \log(1 + \sigma))/\sigma^2 = 1/2 - \sigma/3 +
+      \dots$ with sigma the growth rate of delta, so that its growth is exact however
+      violent the onset; and the centre is taken back no further than a solver with 4
+      substeps bears.
     - `floor`: the least size of delta in the parameters, relative to their norm; `None`
       for what rounding gives one direction of a real run, the dtype's epsilon times
       3/sqrt(n), at most 1, for n parameters; 0 for none; or a function of `lr`,
@@ -133,19 +135,20 @@ def modulated(dynamics: Dynamics, *, order: int = 2, floor: Floor = None) -> Flo
         return d_mean, d_delta
 
     def corrected(
-        mean: State, delta: PyTree, d_mean: State, d_delta: PyTree, lr: PyTree
+        y: ModulatedState, d_mean: State, d_delta: PyTree, lr: PyTree
     ) -> tuple[State, PyTree]:
+        mean, delta = y.mean, y.delta
         rate = _growth(delta, d_delta)
         lag = _lag(rate)
         if order == 2:
             back = optax.tree.add_scale(delta, -lag, d_delta)
             return raw_field(half_step_back(mean, d_mean), back, lr)
-        far = DAMPED if has_momentum(mean) else FAR
+        kept = jnp.exp(2.0 * y.log_decay) if has_momentum(mean) else 0.0
+        far = FAR - RINGING * kept
         back = step_back(mean, d_mean, FAR)
         share = _bearable(far, rate)
-        back = back._replace(
-            phase=optax.tree.add_scale(mean.phase, -share, d_mean.phase)
-        )
+        phase = optax.tree.add_scale(mean.phase, -share, d_mean.phase)
+        back = back._replace(phase=phase)
         mid = optax.tree.add_scale(delta, -far, d_delta)
         g_mean, g_delta = raw_field(back, mid, lr)
         # So that on what grows by sigma the three come to sigma - k(sigma) sigma^2.
@@ -168,7 +171,7 @@ def modulated(dynamics: Dynamics, *, order: int = 2, floor: Floor = None) -> Flo
         lowest = jnp.maximum(roundoff(y.mean.params, lr), y.memory)
         push = 2.0 * jnp.maximum(lowest / _size(y.delta, d_delta) - 1.0, 0.0)
         if order > 1:
-            d_mean, d_delta = corrected(y.mean, y.delta, d_mean, d_delta, lr)
+            d_mean, d_delta = corrected(y, d_mean, d_delta, lr)
         return ModulatedState(
             mean=d_mean,
             delta=optax.tree.add_scale(d_delta, push, y.delta),
@@ -260,7 +263,7 @@ def _lag(rate: Array) -> Array:
     return jnp.where(small, series, (safe - jnp.log1p(safe)) / safe**2)
 
 
-def _bearable(far: float, rate: Array) -> Array:
+def _bearable(far: float | Array, rate: Array) -> Array:
     """b of order 3, less where delta grows so that c's field gets no stiffer.
 
     Where delta grows by sigma, c is contracted by s = 2 + sigma, which the field makes
