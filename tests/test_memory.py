@@ -122,7 +122,7 @@ def test_checkpointed_layers_keep_one_activation_each():
     plain, light = partial(deep, layer=layer), partial(deep, layer=again)
     for derivative in (jax.grad, lambda f: partial(products, f)):
         much, little = (temporaries(derivative(f), PARAMS) for f in (plain, light))
-        assert little < 0.4 * much
+        assert little < 0.5 * much
     for point, other in zip(
         *(
             rj.descend(rj.dynamics(optax.sgd(0.1), f), PARAMS, 2).ends
