@@ -81,7 +81,8 @@ def modulated(dynamics: Dynamics, *, order: int = 2, floor: Floor = None) -> Flo
       replaced by $k(\sigma) = (\sigma - \log(1 + \sigma))/\sigma^2 = 1/2 - \sigma/3 +
       \dots$ with sigma the growth rate of delta, so that its growth is exact however
       violent the onset; and the centre is taken back no further than a solver with 4
-      substeps bears.
+      substeps bears. A series: 3 is closer where the run can be predicted at all, but
+      may overshoot a violent burst (GD on a CNN, in float64), which 2 does not.
     - `floor`: the least size of delta in the parameters, relative to their norm; `None`
       for what rounding gives one direction of a real run, the dtype's epsilon times
       3/sqrt(n), at most 1, for n parameters; 0 for none; or a function of `lr`,
