@@ -210,3 +210,8 @@ def test_bundle_holds_the_edge_on_digits():
         ratio[rank] = float(np.median(path.metrics["sharpness_ratio"][-14:]))
     assert abs(ratio[3] - 1.0) < 0.03, ratio
     assert ratio[1] > 1.2, ratio
+
+
+def test_orders_that_there_are():
+    with pytest.raises(ValueError, match="order must be 1 or 2, got 3"):
+        rod(BENT, order=3)

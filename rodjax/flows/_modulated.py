@@ -95,14 +95,14 @@ def modulated(dynamics: Dynamics, *, order: int = 2, floor: Floor = None) -> Flo
     size. From a window: delta its alternating part, c the rest of the state there.
 
     Memory of `integrate`, beyond the gradient's own: 8 copies of the parameters without
-    momentum, 17 with Adam.
+    momentum, 17 with Adam; of order 3, 11 and 23.
 
     **Raises** `ValueError` if `order` is none of these or `floor` negative, and from
     `init` if the loss multiplies in half a precision (`rodjax.flows.check_seen`). Warns
-    from `init`, by
-    `rodjax.flows.PeriodWarning`, of an optimizer that first loses stability to an
-    oscillation of another period, as two filters of the gradient in a row do; says
-    nothing of one whose `lr` is several hyperparameters, which may decide on it.
+    from `init`, by `rodjax.flows.PeriodWarning`, of an optimizer that first loses
+    stability to an oscillation of another period, as two filters of the gradient in a
+    row do; says nothing of one whose `lr` is several hyperparameters, which may decide
+    on it.
 
     ```python
     >>> import jax.numpy as jnp, optax, rodjax as rj
