@@ -100,7 +100,7 @@ def models() -> dict[str, Model]:
         if name == "rod":
             found["bundle"] = Model(partial(record.build, rank=3), WITHOUT_MOMENTUM)
         if name == "modulated":
-            found["modulated-3"] = Model(partial(record.build, order=3), served)
+            found["modulated-3"] = Model(partial(record.build, degree=3), served)
     return found
 
 

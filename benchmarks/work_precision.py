@@ -130,7 +130,7 @@ UNIT = "modulated, unit"
 
 def unit_modulated(dynamics: rj.Dynamics) -> rj.Flow:
     """Its plain increments: corrected by the solver."""
-    return flows.polar(flows.modulated(dynamics, order=1), unit=True)
+    return flows.polar(flows.modulated(dynamics, degree=1), unit=True)
 
 
 def choices(optimizer: str) -> dict[str, Callable[..., rj.Flow]]:

@@ -57,7 +57,7 @@ def on_edge(dynamics, at):
 HELD = {
     "modulated": lambda sgd, at: (modulated(sgd, floor=0.0), on_modulated(sgd, at)),
     "modulated, plain": lambda sgd, at: (
-        modulated(sgd, order=1, floor=0.0),
+        modulated(sgd, degree=1, floor=0.0),
         on_modulated(sgd, at),
     ),
     "rod": lambda sgd, at: (rod(sgd), on_rod(sgd, at)),

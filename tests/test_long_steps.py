@@ -28,7 +28,7 @@ SGD = rj.dynamics(optax.sgd, ramp)
 FLOWS = {
     "cartesian": rj.flows.modulated(SGD, floor=0.0),
     "polar": rj.flows.polar(rj.flows.modulated(SGD, floor=0.0)),
-    "unit": rj.flows.polar(rj.flows.modulated(SGD, order=1, floor=0.0), unit=True),
+    "unit": rj.flows.polar(rj.flows.modulated(SGD, degree=1, floor=0.0), unit=True),
 }
 SOLVERS = {
     "heun": ("polar", diffrax.Heun(), 1.0),

@@ -66,7 +66,7 @@ def ends_of(flow, path):
 def test_split_is_exact(name):
     """A unit Euler step moves c + delta to c1 - delta1 as the optimizer would."""
     dynamics = rj.dynamics(OPTIMIZERS[name], quartic)
-    flow = modulated(dynamics, order=1, floor=0.0)
+    flow = modulated(dynamics, degree=1, floor=0.0)
 
     @jax.jit
     def step(y):
@@ -94,7 +94,7 @@ def test_split_is_exact(name):
 @pytest.mark.parametrize("name", ["sgd", "nesterov"])
 def test_unit_steps_are_the_run(name):
     dynamics = rj.dynamics(OPTIMIZERS[name], quartic)
-    flow = modulated(dynamics, order=1, floor=0.0)
+    flow = modulated(dynamics, degree=1, floor=0.0)
     begin = rj.warm_up(dynamics, START, steps=4)
     y = begun(flow, begin)
     same(shift(y.mean, y.delta), dynamics.fluid(begin.at(0)))
@@ -119,10 +119,10 @@ BOWL = rj.dynamics(optax.sgd, bowl)
 ONES = jnp.ones(3)
 
 
-@partial(jax.jit, static_argnames=("order", "steps", "substeps"))
-def plucked(start, lr, order, steps, substeps):
+@partial(jax.jit, static_argnames=("degree", "steps", "substeps"))
+def plucked(start, lr, degree, steps, substeps):
     """From ones and with this delta: centres, and deltas along the sharpest."""
-    flow = modulated(BOWL, order=order, floor=0.0)
+    flow = modulated(BOWL, degree=degree, floor=0.0)
     y = flow.init(ONES, lr=lr, key=KEY)
     y = y._replace(delta=(start, *y.delta[1:]))
     path = walk(flow, y, steps, lr=lr, substeps=substeps)
@@ -138,33 +138,33 @@ def test_quadratic_in_closed_form():
     np.testing.assert_allclose(delta, exact, rtol=2e-3)
 
 
-def grown(order, product):
+def grown(degree, product):
     """By what delta grows in a step at this eta lambda."""
-    delta = plucked(jnp.array([1e-3, 0.0, 0.0]), product / 4.0, order, 6, 64)[1]
+    delta = plucked(jnp.array([1e-3, 0.0, 0.0]), product / 4.0, degree, 6, 64)[1]
     return np.asarray(delta[1:] / delta[:-1])
 
 
 @pytest.mark.parametrize("product", [2.05, 2.2, 2.4, 2.6])
 def test_growth_is_exact(product):
     exact = product - 1.0
-    for order in (2, 3):
-        np.testing.assert_allclose(grown(order, product), exact, rtol=1e-3)
+    for degree in (2, 3):
+        np.testing.assert_allclose(grown(degree, product), exact, rtol=1e-3)
     # Uncorrected, delta grows by exp(exact - 1).
     np.testing.assert_allclose(grown(1, product), np.exp(exact - 1.0), rtol=1e-3)
 
 
-@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("degree", [2, 3])
 @pytest.mark.parametrize("product", [1.0, 1.5, 1.9])
-def test_decays_below_the_threshold(product, order):
-    assert np.all(grown(order, product) < 1.0)
+def test_decays_below_the_threshold(product, degree):
+    assert np.all(grown(degree, product) < 1.0)
     if product > 1.8:  # as exactly as above, not far from the threshold
-        np.testing.assert_allclose(grown(order, product), product - 1.0, rtol=1e-3)
+        np.testing.assert_allclose(grown(degree, product), product - 1.0, rtol=1e-3)
 
 
 @pytest.mark.parametrize("product", [2.0, 2.5, 3.0])
-def test_third_order_is_not_too_stiff_for_the_default_solver(product):
+def test_third_degree_is_not_too_stiff_for_heun(product):
     """What grows along delta contracts in c, and by 4 substeps of Heun it does."""
-    flow = modulated(BOWL, order=3, floor=0.0)
+    flow = modulated(BOWL, degree=3, floor=0.0)
     lr = jnp.asarray(product / 4.0)
     y = flow.init(ONES, lr=lr, key=KEY)
     delta = jnp.array([1e-9, 0.0, 0.0])
@@ -173,9 +173,9 @@ def test_third_order_is_not_too_stiff_for_the_default_solver(product):
     assert np.all(steps[1:] < 0.9 * steps[:-1])
 
 
-def test_orders_that_there_are():
-    with pytest.raises(ValueError, match="order must be 1, 2 or 3, got 4"):
-        modulated(BOWL, order=4)
+def test_degrees_that_there_are():
+    with pytest.raises(ValueError, match="degree must be 1, 2 or 3, got 4"):
+        modulated(BOWL, degree=4)
 
 
 @jax.jit
@@ -221,7 +221,7 @@ def test_small_delta_is_not_lost_among_rounding_errors(size):
     """The plain field is (eta H - 2) delta where c + delta = c in float32, too."""
     slope = jnp.linspace(0.5, 4.0, 100, dtype="float32")
     dynamics = rj.dynamics(optax.sgd, lambda w: 0.5 * w @ (slope * w))
-    flow = modulated(dynamics, order=1, floor=0.0)
+    flow = modulated(dynamics, degree=1, floor=0.0)
     lr = jnp.asarray(0.5, "float32")
     y = flow.init(jnp.ones(100, "float32"), lr=lr, key=KEY)
     delta = size * jax.random.normal(KEY, (100,), "float32")

@@ -37,7 +37,7 @@ def test_starts_as_well_as_the_stable_flow(name, dtype):
     flows = {
         "stable": rj.flows.stable(dynamics),
         2: rj.flows.modulated(dynamics),
-        3: rj.flows.modulated(dynamics, order=3),
+        3: rj.flows.modulated(dynamics, degree=3),
     }
     for label, flow in flows.items():
         path = rj.integrate(flow, params, STEPS, lr=lr)

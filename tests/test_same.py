@@ -75,7 +75,7 @@ def test_a_rebuilt_flow_and_an_inline_metric_are_the_same():
         flow = rj.flows.modulated(sgd, floor=1e-6, **options)
         return rj.integrate(flow, W, 2, metrics=metrics, **EULER)
 
-    first, again, other = traces(solve, solve, partial(solve, order=1))
+    first, again, other = traces(solve, solve, partial(solve, degree=1))
     assert first > 0 and again == 0 and other > 0
 
 

@@ -58,8 +58,8 @@ def run(
     warmup: shared.Warmup = 20,
     flows: shared.FlowNames = "stable,rod,modulated",
     rank: shared.Rank = None,
-    substeps: shared.Substeps = 4,
-    solver: shared.Solver = "heun",
+    substeps: shared.Substeps = None,
+    solver: shared.Solver = None,
     float64: shared.Float64 = True,
     every: shared.Every = 1,
     out: Annotated[
@@ -94,7 +94,7 @@ def run(
             jax.eval_shape(
                 lambda w, m=model: m.init(w, lr=lr, key=jax.random.key(0)), window
             )
-        method = choices.solver(solver)
+        method = choices.solver(solver) if solver else None
         _prepare(out, overwrite)
         told: dict[str, Any] = {
             "problem": chosen.name,

@@ -60,8 +60,13 @@ Rank = Annotated[
         show_default="each flow's own",
     ),
 ]
-Substeps = Annotated[int, typer.Option(help="Solver steps per step.")]
-Solver = Annotated[str, typer.Option(help="An explicit diffrax solver.")]
+Substeps = Annotated[
+    int | None, typer.Option(help="Solver steps per step; each flow's own if none.")
+]
+Solver = Annotated[
+    str | None,
+    typer.Option(help="An explicit diffrax solver; each flow's own if none."),
+]
 Float64 = Annotated[bool, typer.Option("--float64/--float32", help="Precision.")]
 Every = Annotated[int, typer.Option(help="Save every so many steps.")]
 
@@ -138,10 +143,10 @@ def edge(dynamics: Dynamics, problem: Problem, lr: PyTree) -> tuple[float, str, 
     return float(first.curvature), remark if period > 2.01 else "", True
 
 
-def check_steps(warmup: int, steps: int, every: int, substeps: int) -> None:
+def check_steps(warmup: int, steps: int, every: int, substeps: int | None) -> None:
     """Raise `ValueError` for numbers of steps that make no sense."""
     for flag, value, least in (("--warmup", warmup, 0), ("--substeps", substeps, 1)):
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"{flag} {value}: it must be at least {least}")
     if every < 1 or steps < 1 or steps % every:
         raise ValueError(

@@ -57,8 +57,8 @@ def sweep(
     warmup: shared.Warmup = 20,
     flows: shared.FlowNames = "stable,modulated",
     rank: shared.Rank = None,
-    substeps: shared.Substeps = 4,
-    solver: shared.Solver = "heun",
+    substeps: shared.Substeps = None,
+    solver: shared.Solver = None,
     float64: shared.Float64 = True,
     every: shared.Every = 4,
     limit: Annotated[
@@ -127,7 +127,7 @@ def sweep(
             rank=rank,
             floor=(lambda h: h[axes.FLOOR]) if floor else None,
         )
-        method = choices.solver(solver)
+        method = choices.solver(solver) if solver else None
         shared.check_out(out, FILES)
         first, total = jax.process_index() == 0, points.lanes * (warmup + steps)
         head: dict[str, Any] = {

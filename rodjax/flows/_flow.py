@@ -71,6 +71,10 @@ class Flow:
     - `error_norm(error) -> size`: of a solver's error, structured as the state and
       divided by its tolerances; where a step is refused is where this is above 1. For
       `diffrax.PIDController(norm=...)`. By default the root mean square of all entries.
+    - `euler_field(step) -> vector_field`: a field for Euler's method with constant
+      steps of that size, below 1, closer to the optimizer than `vector_field`, which is
+      the limit of short steps. By default none; a flow that has one is solved by it
+      unless another solver is given.
     - `offset`: 0 where the centre is the second-order midpoint at t, 1/2 where it is
       the half-step midpoint at t + 1/2.
 
@@ -98,6 +102,7 @@ class Flow:
     evaluations: int = 1
     products: float = 0
     error_norm: Callable[[Any], Array] = _default
+    euler_field: Callable[[float], VectorField] | None = None
     offset: float = 0.0
 
     def __post_init__(self) -> None:

@@ -8,12 +8,11 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.flows._flow import (
-    YOUNG,
     Floor,
     Flow,
+    VectorField,
     centre_of,
     floor_size,
-    half_step_back,
     shift,
     stack,
     step_back,
@@ -21,23 +20,20 @@ from rodjax.flows._flow import (
 from rodjax.flows._ringing import ringing
 from rodjax.flows._scope import check_seen, warn_of_period
 from rodjax.linalg import alike, dot, length, random_direction
-from rodjax.optimizer import Dynamics, State, Window, alternating, has_momentum
+from rodjax.optimizer import Dynamics, State, Window, alternating
 
 # Growth rates per step for which the scalar logarithm below is used as it is.
 SLOWEST, FASTEST = -0.3, 1.0
 # One of n directions has 1/sqrt(n) of the rounding errors, gathered over steps before
 # its onset: measured, as the share with which onsets come at the run's own steps.
 GATHERED = 3.0
-# Roundoffs of the parameters that a delta must have to be seen in their gradient.
-VISIBLE = 32.0
+# The power of the roundoff that a delta, relative to the parameters, must have to be
+# seen in their gradient: 54 roundoffs in single precision, which bursts are far above.
+VISIBLE = 0.75
 # How many times its second difference the sixth of an alternation may be.
 UNSTEADY = 2.0
-# Of the nested field of order 3: f(y - NEAR f(y - b f(y))) counts LAST, and the rest of
-# 1 f(y). With b = FAR f'f counts -1/2, f'f'f 1/3 and f''(f, f) 1/12, all as they must.
-LAST, NEAR, FAR = 1.5, 1 / 3, 2 / 3
-# What momentum takes from b, times what is left of an alternation squared after a step:
-# with b above 1/3 a rate on the circle |1 + X| = 1 may grow. Measured.
-RINGING = 0.5
+# Steps of Euler's method for whose stability the field provides at least.
+SHORTEST = 0.25
 
 
 class ModulatedState(NamedTuple):
@@ -55,7 +51,7 @@ class ModulatedState(NamedTuple):
     log_decay: Float[Array, ""]
 
 
-def modulated(dynamics: Dynamics, *, order: int = 2, floor: Floor = None) -> Flow:
+def modulated(dynamics: Dynamics, *, degree: int = 2, floor: Floor = None) -> Flow:
     r"""The modulated flow of any optimizer (ours).
 
     Write the optimizer's phase as $z_t = c_t + (-1)^t \delta_t$ with c and delta both
@@ -72,17 +68,15 @@ def modulated(dynamics: Dynamics, *, order: int = 2, floor: Floor = None) -> Flo
     **Arguments**
 
     - `dynamics`: from `rodjax.dynamics`.
-    - `order`: of the logarithm of the update map that the field f is corrected to by
-      backward error analysis, 1, 2 or 3, for 2, 4 or 6 evaluations of Phi. 1: f itself.
-      2: $f(y - f(y)/2)$. 3: $\tfrac32 f(y - \tfrac13 g) - \tfrac12 f$, $g = f(y - b
-      f(y))$, which with b = 2/3 is $f - \tfrac12 f'f + \tfrac13 f'f'f + \tfrac1{12}
-      f''(f, f)$; with momentum $b = 2/3 - \rho^2/2$ for the phase, rho what it keeps of
-      an alternation in a step, lest its complex pairs grow. Along delta, the 1/2 is
-      replaced by $k(\sigma) = (\sigma - \log(1 + \sigma))/\sigma^2 = 1/2 - \sigma/3 +
-      \dots$ with sigma the growth rate of delta, so that its growth is exact however
-      violent the onset; and the centre is taken back no further than a solver with 4
-      substeps bears. A series: 3 is closer where the run can be predicted at all, but
-      may overshoot a violent burst (GD on a CNN, in float64), which 2 does not.
+    - `degree`: of the polynomial in the derivative of f, the field above, by which the
+      update map's logarithm is approached (backward error analysis): 1, 2 or 3, for 2,
+      4 or 6 evaluations of Phi. 1: f itself. 2: $f(y - a f(y))$ with a = 1/2, which is
+      $f - \tfrac12 f'f$ to second order. 3: $f(y - a f(y - b f(y)))$ with b = 1/3, half
+      of what the third order asks for, and the most with which the complex pairs of
+      momentum do not grow. Along delta, a is what makes its growth exact however
+      violent the onset: $k(\sigma) = (\sigma - \log(1 + \sigma))/\sigma^2 = 1/2 -
+      \sigma/3 + \dots$ with sigma its growth rate. Where delta grows, the centre is
+      taken back no further than the solver is stable for.
     - `floor`: the least size of delta in the parameters, relative to their norm; `None`
       for what rounding gives one direction of a real run, the dtype's epsilon times
       3/sqrt(n), at most 1, for n parameters; 0 for none; or a function of `lr`,
@@ -91,13 +85,22 @@ def modulated(dynamics: Dynamics, *, order: int = 2, floor: Floor = None) -> Flo
       (`rodjax.ringing`), if that is more. A delta near rounding errors is evaluated at
       a multiple of it, where its field is still linear.
 
+    **Steps.** With degrees 2 and 3 it is solved by steps of Euler's method, two to an
+    optimizer step, by default: `euler_field(h)` is the field whose Euler steps of size
+    h follow the h-th power of the update map, which begins with $1 + h X - \tfrac12 h
+    (1 - h) X^2 + \tfrac16 h (1 - h)(2 - h) X^3$: a = (1 - h)/2, b = (1 - h)(2 - h)/(6 -
+    4h), and k with $((1 + \sigma)^h - 1)/h$ in place of the logarithm (ours). It is the
+    flow's own field for h = 0 and the optimizer for h = 1. What is left out of the
+    logarithm has 3/8 of its size at h = 1/2, so that these steps are closer to the run
+    than the flow solved exactly is.
+
     **Starting points.** From scratch: c = w0 and delta a random vector of the floor's
     size. From a window: delta its alternating part, c the rest of the state there.
 
     Memory of `integrate`, beyond the gradient's own: 8 copies of the parameters without
     momentum, 17 with Adam; of order 3, 11 and 23.
 
-    **Raises** `ValueError` if `order` is none of these or `floor` negative, and from
+    **Raises** `ValueError` if `degree` is none of these or `floor` negative, and from
     `init` if the loss multiplies in half a precision (`rodjax.flows.check_seen`). Warns
     from `init`, by `rodjax.flows.PeriodWarning`, of an optimizer that first loses
     stability to an oscillation of another period, as two filters of the gradient in a
@@ -114,8 +117,8 @@ def modulated(dynamics: Dynamics, *, order: int = 2, floor: Floor = None) -> Flo
 
     ```
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"order must be 1, 2 or 3, got {order}")
+    if degree not in (1, 2, 3):
+        raise ValueError(f"degree must be 1, 2 or 3, got {degree}")
     least = floor_size(floor)
 
     def roundoff(params: PyTree, lr: PyTree) -> Array:
@@ -136,49 +139,47 @@ def modulated(dynamics: Dynamics, *, order: int = 2, floor: Floor = None) -> Flo
         return d_mean, d_delta
 
     def corrected(
-        y: ModulatedState, d_mean: State, d_delta: PyTree, lr: PyTree
+        y: ModulatedState, d_mean: State, d_delta: PyTree, lr: PyTree, step: float
     ) -> tuple[State, PyTree]:
         mean, delta = y.mean, y.delta
-        rate = _growth(delta, d_delta)
-        lag = _lag(rate)
-        if order == 2:
-            back = optax.tree.add_scale(delta, -lag, d_delta)
-            return raw_field(half_step_back(mean, d_mean), back, lr)
-        kept = jnp.exp(2.0 * y.log_decay) if has_momentum(mean) else 0.0
-        far = FAR - RINGING * kept
-        back = step_back(mean, d_mean, FAR)
-        share = _bearable(far, rate)
-        phase = optax.tree.add_scale(mean.phase, -share, d_mean.phase)
-        back = back._replace(phase=phase)
-        mid = optax.tree.add_scale(delta, -far, d_delta)
-        g_mean, g_delta = raw_field(back, mid, lr)
-        # So that on what grows by sigma the three come to sigma - k(sigma) sigma^2.
-        near = lag / (LAST * (1.0 - far * rate))
-        back = optax.tree.add_scale(delta, -near, g_delta)
-        last = raw_field(step_back(mean, g_mean, NEAR), back, lr)
-        mix = lambda f, h: (1.0 - LAST) * f + LAST * h
-        field, d_delta = jax.tree.map(mix, (d_mean, d_delta), last)
-        # As where the fields are evaluated: second moments grow from nothing.
-        slow = jax.tree.map(
-            lambda f, s, first: jnp.maximum(f, YOUNG * (s + first) - s),
-            field.slow,
-            mean.slow,
-            d_mean.slow,
-        )
-        return field._replace(slow=slow), d_delta
+        rate = _growth(delta, d_delta, _reach(mean.params, delta[0]))
+        near, far = 0.5 * (1.0 - step), (1.0 - step) * (2.0 - step) / (6.0 - 4.0 * step)
+        lag = _lag(rate, step)
+        # -s becomes -s (1 + near s (1 + far s)); Euler's method bears -2 / step.
+        bound = 2.0 / max(step, SHORTEST)
+        stiff = 2.0 + jnp.maximum(rate, 0.0)
+        most = (bound / stiff - 1.0) / stiff
+        if degree == 2:
+            back = _back(mean, d_mean, near, jnp.minimum(near, most))
+            behind = optax.tree.add_scale(delta, -lag, d_delta)
+            return raw_field(back, behind, lr)
+        share = jnp.minimum(far, (most / near - 1.0) / stiff)
+        back = _back(mean, d_mean, far, share)
+        behind = optax.tree.add_scale(delta, -far, d_delta)
+        g_mean, g_delta = raw_field(back, behind, lr)
+        # So that on what grows by sigma both come to the same as that one.
+        behind = optax.tree.add_scale(delta, -lag / (1.0 - far * rate), g_delta)
+        return raw_field(step_back(mean, g_mean, near), behind, lr)
 
-    def vector_field(t, y: ModulatedState, lr: PyTree) -> ModulatedState:
-        d_mean, d_delta = raw_field(y.mean, y.delta, lr)
-        lowest = jnp.maximum(roundoff(y.mean.params, lr), y.memory)
-        push = 2.0 * jnp.maximum(lowest / _size(y.delta, d_delta) - 1.0, 0.0)
-        if order > 1:
-            d_mean, d_delta = corrected(y, d_mean, d_delta, lr)
-        return ModulatedState(
-            mean=d_mean,
-            delta=optax.tree.add_scale(d_delta, push, y.delta),
-            memory=y.log_decay * y.memory,
-            log_decay=jnp.zeros_like(y.log_decay),
-        )
+    def euler_field(step: float) -> VectorField:
+        if not 0 <= step < 1:
+            raise ValueError(f"step must be at least 0 and less than 1, got {step}")
+
+        def vector_field(t, y: ModulatedState, lr: PyTree) -> ModulatedState:
+            d_mean, d_delta = raw_field(y.mean, y.delta, lr)
+            lowest = jnp.maximum(roundoff(y.mean.params, lr), y.memory)
+            push = 2.0 * jnp.maximum(lowest / _size(y.delta, d_delta) - 1.0, 0.0)
+            if degree > 1:
+                d_mean, d_delta = corrected(y, d_mean, d_delta, lr, step)
+            fading = jnp.expm1(step * y.log_decay) / step if step else y.log_decay
+            return ModulatedState(
+                mean=d_mean,
+                delta=optax.tree.add_scale(d_delta, push, y.delta),
+                memory=fading * y.memory,
+                log_decay=jnp.zeros_like(y.log_decay),
+            )
+
+        return vector_field
 
     def init(start: PyTree | Window, *, lr: PyTree, key: Array) -> ModulatedState:
         if isinstance(start, Window):
@@ -203,13 +204,14 @@ def modulated(dynamics: Dynamics, *, order: int = 2, floor: Floor = None) -> Flo
 
     return Flow(
         init=init,
-        vector_field=vector_field,
+        vector_field=euler_field(0.0),
+        euler_field=euler_field if degree > 1 else None,
         observe=lambda y, *, lr: (
             stack(shift(y.mean, y.delta).params, shift(y.mean, y.delta, -1.0).params),
             {},
         ),
         dynamics=dynamics,
-        evaluations=2 * order,
+        evaluations=2 * degree,
     )
 
 
@@ -242,33 +244,33 @@ def _reach(params: PyTree, delta: PyTree) -> Array:
     """
     size = optax.tree.norm(delta)
     epsilon, tiny = jnp.finfo(size.dtype).eps, jnp.finfo(size.dtype).tiny
-    visible = VISIBLE * float(epsilon) * optax.tree.norm(params)
+    visible = float(epsilon) ** VISIBLE * optax.tree.norm(params)
     # No more, lest a delta of zero gets an infinite one.
     return jnp.clip(visible / jnp.maximum(size, tiny), 1.0, 1.0 / float(epsilon))
 
 
-def _growth(delta: PyTree, d_delta: PyTree) -> Array:
-    """sigma, the growth rate of delta by its plain field."""
+def _growth(delta: PyTree, d_delta: PyTree, reach: Array) -> Array:
+    """sigma, the growth rate of delta by its plain field; 0 of one that is not seen."""
     size = jnp.maximum(dot(delta[0], delta[0]), 0.0)
-    tiny = jnp.finfo(size.dtype).tiny
+    tiny, epsilon = (getattr(jnp.finfo(size.dtype), x) for x in ("tiny", "eps"))
     rate = dot(delta[0], d_delta[0]) / jnp.maximum(size, tiny)
-    return jnp.clip(rate, SLOWEST, FASTEST)
+    return jnp.where(reach * epsilon < 1.0, jnp.clip(rate, SLOWEST, FASTEST), 0.0)
 
 
-def _lag(rate: Array) -> Array:
-    """k(sigma): how far back along delta its field is evaluated."""
+def _back(mean: State, d_mean: State, share: float, own: Array) -> State:
+    """`step_back`, the phase by a share of its own."""
+    phase = optax.tree.add_scale(mean.phase, -own, d_mean.phase)
+    return step_back(mean, d_mean, share)._replace(phase=phase)
+
+
+def _lag(rate: Array, step: float) -> Array:
+    """How far back along delta its field is evaluated: k(sigma), at a step of 0."""
     # The closed form cancels near zero; there its series is exact to rounding.
     small = jnp.abs(rate) < 0.02
     safe = jnp.where(small, 1.0, rate)
-    series = 0.5 + rate * (-1 / 3 + rate * (1 / 4 - rate / 5))
-    return jnp.where(small, series, (safe - jnp.log1p(safe)) / safe**2)
-
-
-def _bearable(far: float | Array, rate: Array) -> Array:
-    """b of order 3, less where delta grows so that c's field gets no stiffer.
-
-    Where delta grows by sigma, c is contracted by s = 2 + sigma, which the field makes
-    s + s^2/2 + b s^3/2 of: no more than at the threshold, where s = 2.
-    """
-    s = 2.0 + jnp.maximum(rate, 0.0)
-    return jnp.minimum(far, 2.0 * (4.0 + 4.0 * far - s - 0.5 * s**2) / s**3)
+    series = jnp.ones_like(rate)
+    for n in (5, 4, 3):
+        series = 1.0 - (n - 1 - step) / n * rate * series
+    grown = jnp.log1p(safe)
+    grown = jnp.expm1(step * grown) / step if step else grown
+    return jnp.where(small, 0.5 * (1.0 - step) * series, (safe - grown) / safe**2)

@@ -49,7 +49,7 @@ def polar(flow: Flow, *, unit: bool = False) -> Flow:
     **Arguments**
 
     - `flow`: such as `modulated(...)`; its state is a NamedTuple with `delta`.
-    - `unit`: its field is the increment of a unit step, as with `order=1`, and a step
+    - `unit`: its field is the increment of a unit step, as with `degree=1`, and a step
       of delta is to count as $1 + \sigma$, not as $e^\sigma$: $\dot\rho = \log(1 +
       \sigma)$ and $\dot u = (A - \sigma) u / (1 + \sigma)$, of which a unit step is the
       optimizer's own, normalized. For solvers that do the same for the centre,
@@ -116,6 +116,7 @@ def polar(flow: Flow, *, unit: bool = False) -> Flow:
         flow,
         init=init,
         vector_field=vector_field,
+        euler_field=None,
         centre=lambda y: flow.centre(y.state),
         observe=lambda y, *, lr: flow.observe(cartesian(y, jnp.exp(y.log_size)), lr=lr),
         error_norm=error_norm,

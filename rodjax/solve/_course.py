@@ -141,23 +141,24 @@ def solution(
 
     **Raises** `ValueError` for constant steps that are longer than those together.
     """
-    solver, longest = method.solver, 1 / method.substeps
+    how = method.of(flow)
+    solver, longest = how.solver, 1 / how.substeps
     if method.constant() and longest > every * count:
         raise ValueError(
-            f"substeps={method.substeps:g} are steps of {longest:g}, longer than from "
+            f"substeps={how.substeps:g} are steps of {longest:g}, longer than from "
             f"one saved moment to the next: give every={math.ceil(longest)} or more"
         )
     # Which keeps nothing to interpolate with.
     solver = diffrax.Heun() if count > 1 and isinstance(solver, Heun) else solver
     # One more where steps that fill the span exactly are rounded to a little less.
-    most = math.ceil(every * count * method.substeps) + 1
+    most = math.ceil(every * count * how.substeps) + 1
     if not method.constant():
         most = max(every * max(PATIENCE, count * USUAL), most)
 
     @jax.jit
     def vector_field(*args: Any) -> PyTree:
         # The solver asks for the field several times: so it is traced once for all.
-        return flow.vector_field(*args)
+        return how.field(*args)
 
     def unbounded(y: PyTree) -> Array:
         big = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(y))).max) ** 0.5
@@ -216,7 +217,7 @@ def solution(
             solver,
             t0=time(0),
             t1=time(every * count),
-            dt0=time(1 / method.substeps),
+            dt0=time(1 / how.substeps),
             y0=[jnp.astype(x, wide) for x in leaves],
             args=lr,
             saveat=diffrax.SaveAt(subs=saved, controller_state=True),

@@ -131,7 +131,7 @@ def integrate(
     *,
     lr: PyTree = None,
     solver: diffrax.AbstractSolver | None = None,
-    substeps: float = 4,
+    substeps: float | None = None,
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     adjoint: diffrax.AbstractAdjoint | None = None,
     every: int = 1,
@@ -157,10 +157,13 @@ def integrate(
     - `steps`, `every`, `metrics`, `keep`, `progress`, `limit`, `origin`: as for
       `descend`.
     - `lr`: the learning rate if the flow's dynamics take one.
-    - `solver`: any diffrax solver of ODEs, explicit or implicit; Heun by default. For
-      long steps of an optimizer without momentum, `rodjax.RKC`.
-    - `substeps`: solver steps to an optimizer step; 4 is safe with Heun. Below 1, with
-      a solver that is stable there, steps of several optimizer steps.
+    - `solver`: any diffrax solver of ODEs, explicit or implicit. By default, and with
+      constant steps, Euler's method for a flow that has an `euler_field`, as
+      `modulated` does, and Heun's for others. For long steps of an optimizer without
+      momentum, `rodjax.RKC`.
+    - `substeps`: solver steps to an optimizer step; by default 2 of a flow's own Euler
+      steps, else 4, which is safe with Heun. Below 1, with a solver that is stable
+      there, steps of several optimizer steps.
     - `stepsize_controller`: of diffrax; constant steps by default. An adaptive one
       weighs errors by the flow's `error_norm`, unless it has a norm of its own.
       Adaptive steps, and constant ones longer than `every`, pass over saved moments,
@@ -179,7 +182,8 @@ def integrate(
     copies of the flow's state and what its vector field takes, as each flow says;
     another for every stage of a solver with a tableau.
 
-    **Raises** `ValueError` on `substeps` below 1, on a `steps` that is not a positive
+    **Raises** `ValueError` on `substeps` that are not positive, or not above 1 with
+    Euler's own field, on a `steps` that is not a positive
     multiple of `every`, on metrics that record the same name, on a solver or adjoint
     that cannot serve, on the `final` of another flow, and what the flow and its
     dynamics say of their arguments. `TypeError` in forward mode without its adjoint.
@@ -247,7 +251,7 @@ def _integrate(
     limit: float,
     origin: PyTree,
 ) -> Trajectory:
-    together = method.together(every, moments)
+    together = method.of(flow).together(every, moments)
     course = solution(flow, lr, every, method, together)
     recorded = metrics, keep, progress, moments, every, limit, origin
     return record(course, start, *recorded)

@@ -1,10 +1,12 @@
 """How a flow is solved, and what cannot solve one."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import diffrax
 
+from rodjax.flows import Flow
 from rodjax.solve import _stretch
 from rodjax.solve._heun import Heun
 from rodjax.solve._rkc import RKC
@@ -18,17 +20,59 @@ ADJOINTS = (
 LOOPS = dict(zip(ADJOINTS, ("checkpointed", "bounded", "lax"), strict=True))
 
 
-class Method(NamedTuple):
-    """How a flow is solved: `substeps` solver steps to an optimizer step."""
+# Constant steps to an optimizer step: of Euler's method by a flow's field, and of
+# Heun's.
+EULER, HEUN = 2, 4
+DEFAULT = "default"
 
-    solver: diffrax.AbstractSolver
-    substeps: float
+
+class Method(NamedTuple):
+    """How flows are solved: `substeps` solver steps to an optimizer step.
+
+    `None` for the solver or the substeps is each flow's own, which `of` fills in.
+    """
+
+    solver: diffrax.AbstractSolver | None
+    substeps: float | None
     stepsize_controller: diffrax.AbstractStepSizeController
     adjoint: diffrax.AbstractAdjoint
+
+    def of(self, flow: Flow) -> "Solving":
+        """How that one is solved."""
+        solver, substeps = self.solver, self.substeps
+        own = flow.euler_field is not None and self.constant()
+        if solver is None:
+            solver = diffrax.Euler() if own else Heun()
+            if own and substeps is not None and substeps <= 1:
+                raise ValueError(
+                    f"substeps={substeps:g}: this flow is solved by Euler's method, of "
+                    "which a step of one optimizer step is the optimizer itself: give "
+                    "2 or more, or another solver"
+                )
+        own = own and type(solver) is diffrax.Euler
+        substeps = substeps or (EULER if own else HEUN)
+        if flow.euler_field is None or not own or substeps <= 1:
+            return Solving(self, flow.vector_field, solver, substeps)
+        return Solving(self, flow.euler_field(1 / substeps), solver, substeps)
+
+    def settings(self) -> dict[str, Any]:
+        """What a labelled result says of it."""
+        solver = DEFAULT if self.solver is None else type(self.solver).__name__
+        substeps = DEFAULT if self.substeps is None else self.substeps
+        return {"substeps": substeps, "solver": solver}
 
     def constant(self) -> bool:
         """Whether all steps are of one size."""
         return isinstance(self.stepsize_controller, diffrax.ConstantStepSize)
+
+
+class Solving(NamedTuple):
+    """How one flow is solved, and its field for that."""
+
+    method: Method
+    field: Callable[..., Any]
+    solver: diffrax.AbstractSolver
+    substeps: float
 
     def together(self, every: int, moments: int) -> int:
         """Moments that are solved for at a time: one where a step ends at every one.
@@ -36,32 +80,35 @@ class Method(NamedTuple):
         A solution goes on from there bit for bit; else the solver starts afresh at the
         end of a stretch only, and moments within are interpolated.
         """
-        if self.constant() and 1 / self.substeps <= every:
+        if self.method.constant() and 1 / self.substeps <= every:
             return 1
         return _stretch.moments_together(every, moments)
 
 
 def solving(
     solver: diffrax.AbstractSolver | None = None,
-    substeps: float = 4,
+    substeps: float | None = None,
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     adjoint: diffrax.AbstractAdjoint | None = None,
 ) -> Method:
-    """Heun, constant steps and the checkpointed adjoint where `None`.
+    """Constant steps and the checkpointed adjoint where `None`.
 
     **Raises** `ValueError` or `TypeError`, naming the argument, for what cannot solve a
     flow.
     """
-    if not substeps > 0:
+    if substeps is not None and not substeps > 0:
         raise ValueError(f"substeps must be positive, got {substeps}")
     # Heun's own in the form that takes less memory.
-    if solver is None or type(solver) is diffrax.Heun:
+    if type(solver) is diffrax.Heun:
         solver = Heun()
-    if not isinstance(solver, diffrax.AbstractSolver):
+    if solver is not None and not isinstance(solver, diffrax.AbstractSolver):
         raise TypeError(
             f"solver must be a diffrax solver, such as Heun(); got {solver}"
         )
-    if solver.term_structure not in (diffrax.AbstractTerm, diffrax.ODETerm):
+    if solver is not None and solver.term_structure not in (
+        diffrax.AbstractTerm,
+        diffrax.ODETerm,
+    ):
         raise ValueError(
             f"solver {type(solver).__name__} is for vector fields in several parts or "
             "with noise, and a flow is one: give a solver of ODEs, such as Heun(), "

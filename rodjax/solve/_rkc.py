@@ -42,8 +42,8 @@ class RKC(diffrax.AbstractAdaptiveSolver):
       solution is to follow that map (ours). Its h-fold iterate $(1 + f)^h$ begins with
       $1 + h f + \tfrac12 h (h - 1) f' f$: it is enough to ask of the polynomial a
       second coefficient smaller by $\theta = 1 - 1/h$, and the correction by backward
-      error analysis, for which a flow of `order=2` evaluates its field twice, is free.
-      So it goes with flows of `order=1`. The estimate becomes $\tfrac45 (y_0 -
+      error analysis, for which a flow of `degree=2` evaluates its field twice, is free.
+      So it goes with flows of `degree=1`. The estimate becomes $\tfrac45 (y_0 -
       y_1) + \tfrac25 ((h + 1) f_0 + (h - 1) f_1)$. Steps shorter than 2 are
       interpolated from one of 2: ask a controller for `dtmin=2, force_dtmin=True`.
     - `radius`: a bound on the rates per unit of time (the spectral radius of the
@@ -69,7 +69,7 @@ class RKC(diffrax.AbstractAdaptiveSolver):
     True
     >>> valley = rj.problems.berthier(initial=(0.1, 6.5))
     >>> sgd = rj.dynamics(optax.sgd(0.3), valley.loss)
-    >>> flow = rj.flows.modulated(sgd, order=1)
+    >>> flow = rj.flows.modulated(sgd, degree=1)
     >>> path = rj.integrate(
     ...     flow, valley.params, 800, every=2, solver=rj.RKC(bea=True), substeps=0.5
     ... )

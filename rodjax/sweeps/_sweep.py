@@ -51,7 +51,7 @@ def sweep(
     metrics: Sequence[Metric] = (),
     keep: Callable[[PyTree], PyTree] = lambda params: None,
     solver: diffrax.AbstractSolver | None = None,
-    substeps: float = 4,
+    substeps: float | None = None,
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     lane_chunk: int | None = None,
     time_chunk: int | None = None,
@@ -163,9 +163,8 @@ def sweep(
         "steps": steps,
         "warmup": warmup,
         "every": every,
-        "substeps": substeps,
         "limit": limit,
-        "solver": type(method.solver).__name__,
+        **method.settings(),
     }
     chosen = tuple(jax.devices() if devices is None else devices)
     directory = None if out is None else Path(out)

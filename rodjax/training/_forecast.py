@@ -68,7 +68,7 @@ def forecast(
     every: int | None = None,
     metrics: Sequence[Metric] | None = None,
     solver: diffrax.AbstractSolver | None = None,
-    substeps: float = 4,
+    substeps: float | None = None,
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     lane_chunk: int | None = None,
     limit: float = LIMIT,
@@ -176,9 +176,8 @@ def forecast(
     settings = {
         "steps": steps,
         "every": every,
-        "substeps": substeps,
         "limit": limit,
-        "solver": type(method.solver).__name__,
+        **method.settings(),
     }
     return labelled(found, rates, long_names, settings)
 
