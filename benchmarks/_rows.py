@@ -89,7 +89,7 @@ class Model(NamedTuple):
 
 
 def models() -> dict[str, Model]:
-    """All but those of gradient descent alone, three rods, and the third order."""
+    """All but those of gradient descent alone, three rods, and the third degree."""
     found = {}
     for name, record in rj.flows.REGISTRY.items():
         if record.serves == "gradient descent":

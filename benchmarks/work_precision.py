@@ -96,6 +96,8 @@ TASKS: Mapping[str, Task] = {
 }
 LONG = partial(rj.RKC, bea=True)
 SOLVERS: Mapping[str, Way] = {
+    "euler x 2": Way(diffrax.Euler, 2),
+    "euler x 3": Way(diffrax.Euler, 3),
     "heun x 1": Way(diffrax.Heun, 1),
     "heun x 2": Way(diffrax.Heun, 2),
     "heun x 4": Way(diffrax.Heun, 4),
@@ -123,6 +125,9 @@ USUAL = (
     *("heun x 1", "heun x 4", "tsit5 1e-3"),
     *("rkc 1e-2", "rkc+bea x 1/2", "rkc+bea 1e-2"),
 )
+# What they are solved by if nothing is said, where that is not usual.
+EULER = "euler x 2", "euler x 3"
+OWN = {"modulated": EULER, "modulated-3": EULER, "central": ("heun x 2",)}
 REFERENCE = "mlp-gd"
 POLAR = "modulated, polar"
 UNIT = "modulated, unit"
@@ -146,6 +151,8 @@ def ways(flow: str, size: int, *, whole: bool) -> list[str]:
     unit = flow in (UNIT, "stable")
     known = SOLVERS if whole and flow in (POLAR, UNIT) else USUAL
     known = [*known, *IMPLICIT] if flow == POLAR and not whole else known
+    known = [name for name in known if name not in EULER]
+    known += OWN.get(flow, ())
     return [
         name
         for name in known

@@ -67,8 +67,8 @@ VARIANTS = {
     # The oracle, and less correction, see the optimizer as the others do.
     "dense": Variant("rod", {"dense": True}),
     "dense plain": Variant("rod", {"dense": True, "order": 1}),
-    "modulated plain": Variant("modulated", {"order": 1}),
-    "modulated third": Variant("modulated", {"order": 3}),
+    "modulated plain": Variant("modulated", {"degree": 1}),
+    "modulated cubic": Variant("modulated", {"degree": 3}),
     "principal top": Variant("principal", {"rank": 2}, ("sgd",)),
 }
 FLOWS = {
@@ -85,7 +85,7 @@ QUICK = {
     "dense plain": ("sgd",),
     "modulated": ("sgd", "nadam"),
     "modulated plain": ("adam",),
-    "modulated third": ("nadam",),
+    "modulated cubic": ("nadam",),
     "edge": ("sgd", "nadam"),
     "central": ("sgd",),
 }

@@ -53,8 +53,9 @@ def test_two_equal_eigenvalues_return_to_the_edge_at_rate_gamma(above):
 
 def test_below_the_edge_it_is_gradient_flow():
     begin = {"x": jnp.array([0.3, -0.2]), "y": jnp.array([3.0, 1.0])}
-    path = rj.integrate(central(VALLEYS), begin, steps=20, every=20)
-    plain = rj.integrate(rj.flows.gradient(VALLEYS), begin, steps=20, every=20)
+    common = {"steps": 20, "every": 20, "substeps": 4}
+    path = rj.integrate(central(VALLEYS), begin, **common)
+    plain = rj.integrate(rj.flows.gradient(VALLEYS), begin, **common)
     for name in "xy":
         np.testing.assert_allclose(path.params[name], plain.params[name], rtol=1e-13)
     assert float(path.metrics["amplitude"][-1]) == 0.0

@@ -129,7 +129,7 @@ def test_another_command_in_its_place_is_refused(first):
     out, _, data = first
     changed = invoke(*GRID, "--substeps", 2, "--out", out)
     assert changed.exit_code == 2
-    assert "substeps was 4, is now 2" in changed.stderr
+    assert "substeps was default, is now 2" in changed.stderr
     xarray.testing.assert_identical(result(out), data)
 
 

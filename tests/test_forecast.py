@@ -56,7 +56,7 @@ def test_a_forecast_is_labelled():
         assert data[name].dims == ("flow", "lr", "step")
         assert data[name].attrs["long_name"]
     assert data.end_loss.dims == data.diverged_at.dims == ("flow", "lr")
-    assert data.attrs["steps"] == STEPS and data.attrs["solver"] == "Heun"
+    assert data.attrs["steps"] == STEPS and data.attrs["solver"] == "default"
 
 
 def test_every_lane_is_what_integrate_and_descend_compute():
@@ -70,7 +70,8 @@ def test_every_lane_is_what_integrate_and_descend_compute():
             lane = data.sel(flow=name, lr=lr)
             for key, values in of.metrics.items():
                 if key != "residual":
-                    np.testing.assert_allclose(lane[key], values, rtol=1e-6, atol=1e-9)
+                    # Where an oscillation that decays points to is chaotic.
+                    np.testing.assert_allclose(lane[key], values, rtol=1e-6, atol=1e-7)
             assert np.isnan(lane.diverged_at)
             np.testing.assert_allclose(lane.evaluations, of.evaluations)
 

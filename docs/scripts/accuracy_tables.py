@@ -17,8 +17,8 @@ ACCURACY = {
     "edge": "edge",
     "central": "central",
 }
-#: Of those of the orders of the modulated flow.
-ORDERS = {"limit": "limit", "modulated": "order 2", "modulated-3": "order 3"}
+#: Of those of the degrees of the modulated flow.
+DEGREES = {"limit": "limit", "modulated": "degree 2", "modulated-3": "degree 3"}
 
 
 def rows(titles: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
@@ -68,27 +68,27 @@ def accuracy_of(found: dict[str, Any]) -> str:
     return f"{said}\n\n{rows(titles, lines)}"
 
 
-def orders() -> str:
-    """The modulated flow by its order: distances, and steps until one is passed."""
-    files = sorted(RESULTS.rglob("orders*.json"))
-    return "\n\n".join(orders_of(json.loads(file.read_text())) for file in files)
+def degrees() -> str:
+    """The modulated flow by its degree: distances, and steps until one is passed."""
+    files = sorted(RESULTS.rglob("degrees*.json"))
+    return "\n\n".join(degrees_of(json.loads(file.read_text())) for file in files)
 
 
-def orders_of(found: dict[str, Any]) -> str:
+def degrees_of(found: dict[str, Any]) -> str:
     """Of one set of data, in one precision."""
     lines = []
     for name, row in found["rows"].items():
         network, _, optimizer = name.partition("-")
-        pairs = [pair_of(relative(row, model)) for model in ORDERS]
-        steps = [horizon(row, model) for model in ORDERS]
+        pairs = [pair_of(relative(row, model)) for model in DEGREES]
+        steps = [horizon(row, model) for model in DEGREES]
         lines.append([f"{network}, {optimizer}", *pairs, *steps])
     medians = [
         pair_of([statistics.median(side) for side in zip(*own, strict=True)])
-        for own in ([relative(r, m) for r in rows_of(found)] for m in ORDERS)
+        for own in ([relative(r, m) for r in rows_of(found)] for m in DEGREES)
     ]
-    lines.append(["**median**", *medians, *[""] * len(ORDERS)])
-    horizons = [f"horizon: {title}" for title in ORDERS.values()]
-    titles = ["network, optimizer", *ORDERS.values(), *horizons]
+    lines.append(["**median**", *medians, *[""] * len(DEGREES)])
+    horizons = [f"horizon: {title}" for title in DEGREES.values()]
+    titles = ["network, optimizer", *DEGREES.values(), *horizons]
     return f"{found['data']}, {found['dtype']}:\n\n{rows(titles, lines)}"
 
 

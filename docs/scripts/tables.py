@@ -5,7 +5,7 @@ import json
 import re
 from typing import Any
 
-from accuracy_tables import RESULTS, accuracy, orders, over_limit, rows, short
+from accuracy_tables import RESULTS, accuracy, degrees, over_limit, rows, short
 
 MARK = re.compile(r"^<!-- table: (\S+) -->$", re.M)
 REFERENCE = {
@@ -192,7 +192,7 @@ WHOLE = {
     "flows": flows,
     "accuracy": accuracy,
     "accuracy-over-limit": over_limit,
-    "orders": orders,
+    "degrees": degrees,
 }
 #: Name -> the file, and what makes a table of it.
 TABLES = {

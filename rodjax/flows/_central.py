@@ -234,6 +234,7 @@ def central(dynamics: Dynamics, *, rank: int = 3, gamma: float = 4.0) -> Flow:
         reports=REPORTS,
         dynamics=dynamics,
         evaluations=1,
+        substeps=2,
         products=float("nan"),
     )
 

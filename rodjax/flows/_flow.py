@@ -75,6 +75,8 @@ class Flow:
       steps of that size, below 1, closer to the optimizer than `vector_field`, which is
       the limit of short steps. By default none; a flow that has one is solved by it
       unless another solver is given.
+    - `substeps`: steps of the default solver to an optimizer step; 4 by default, which
+      is safe with Heun's method.
     - `offset`: 0 where the centre is the second-order midpoint at t, 1/2 where it is
       the half-step midpoint at t + 1/2.
 
@@ -103,6 +105,7 @@ class Flow:
     products: float = 0
     error_norm: Callable[[Any], Array] = _default
     euler_field: Callable[[float], VectorField] | None = None
+    substeps: float = 4
     offset: float = 0.0
 
     def __post_init__(self) -> None:

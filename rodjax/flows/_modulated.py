@@ -32,8 +32,9 @@ GATHERED = 3.0
 VISIBLE = 0.75
 # How many times its second difference the sixth of an alternation may be.
 UNSTEADY = 2.0
-# Steps of Euler's method for whose stability the field provides at least.
-SHORTEST = 0.25
+# Steps of Euler's method for whose stability the field provides at least; for a quarter
+# of a step by Heun's, with some room.
+SHORTEST = 0.3
 
 
 class ModulatedState(NamedTuple):
@@ -206,6 +207,7 @@ def modulated(dynamics: Dynamics, *, degree: int = 2, floor: Floor = None) -> Fl
         init=init,
         vector_field=euler_field(0.0),
         euler_field=euler_field if degree > 1 else None,
+        substeps=2 if degree > 1 else 4,
         observe=lambda y, *, lr: (
             stack(shift(y.mean, y.delta).params, shift(y.mean, y.delta, -1.0).params),
             {},

@@ -117,6 +117,7 @@ def polar(flow: Flow, *, unit: bool = False) -> Flow:
         init=init,
         vector_field=vector_field,
         euler_field=None,
+        substeps=4,
         centre=lambda y: flow.centre(y.state),
         observe=lambda y, *, lr: flow.observe(cartesian(y, jnp.exp(y.log_size)), lr=lr),
         error_norm=error_norm,

@@ -20,9 +20,8 @@ ADJOINTS = (
 LOOPS = dict(zip(ADJOINTS, ("checkpointed", "bounded", "lax"), strict=True))
 
 
-# Constant steps to an optimizer step: of Euler's method by a flow's field, and of
-# Heun's.
-EULER, HEUN = 2, 4
+# Solver steps to an optimizer step, of a solver that is given without.
+USUAL = 4
 DEFAULT = "default"
 
 
@@ -39,19 +38,21 @@ class Method(NamedTuple):
 
     def of(self, flow: Flow) -> "Solving":
         """How that one is solved."""
-        solver, substeps = self.solver, self.substeps
         own = flow.euler_field is not None and self.constant()
+        solver = self.solver
         if solver is None:
             solver = diffrax.Euler() if own else Heun()
-            if own and substeps is not None and substeps <= 1:
+            substeps = self.substeps or flow.substeps
+            if own and substeps <= 1:
                 raise ValueError(
                     f"substeps={substeps:g}: this flow is solved by Euler's method, of "
                     "which a step of one optimizer step is the optimizer itself: give "
                     "2 or more, or another solver"
                 )
-        own = own and type(solver) is diffrax.Euler
-        substeps = substeps or (EULER if own else HEUN)
-        if flow.euler_field is None or not own or substeps <= 1:
+        else:
+            substeps = self.substeps or USUAL
+            own = own and type(solver) is diffrax.Euler and substeps > 1
+        if flow.euler_field is None or not own:
             return Solving(self, flow.vector_field, solver, substeps)
         return Solving(self, flow.euler_field(1 / substeps), solver, substeps)
 
