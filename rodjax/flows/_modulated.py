@@ -98,8 +98,8 @@ def modulated(dynamics: Dynamics, *, degree: int = 2, floor: Floor = None) -> Fl
     **Starting points.** From scratch: c = w0 and delta a random vector of the floor's
     size. From a window: delta its alternating part, c the rest of the state there.
 
-    Memory of `integrate`, beyond the gradient's own: 8 copies of the parameters without
-    momentum, 17 with Adam; of order 3, 11 and 23.
+    Memory of `integrate`, beyond the gradient's own: 6 copies of the parameters without
+    momentum, 13 with Adam; of degree 3, 6 and 16.
 
     **Raises** `ValueError` if `degree` is none of these or `floor` negative, and from
     `init` if the loss multiplies in half a precision (`rodjax.flows.check_seen`). Warns
