@@ -236,7 +236,9 @@ def measure(
             summaries[name]["seconds"] = time.perf_counter() - began
         whole["flows"] = summaries
         if "stable" in summaries:
-            lost = LOST * summaries["stable"]["final_distance"]
+            # None of one that is lost with the run itself.
+            final = summaries["stable"]["final_distance"]
+            lost = math.inf if final is None else LOST * final
             for name, one in compared.items():
                 own = whole[LIMIT] if name == LIMIT else summaries[name]
                 own["horizon"] = horizon(one, lost)
