@@ -73,7 +73,7 @@ def test_delta_grows_as_the_run(degree, substeps, product):
 
 @DEGREES
 @pytest.mark.parametrize("product", [2.0, 2.4, 2.9])
-def test_what_grows_along_delta_contracts_in_the_centre(degree, product):
+def test_what_grows_along_delta_does_not_grow_in_the_centre(degree, product):
     lr = jnp.asarray(product)
     flow = modulated(BOWL, degree=degree, floor=0.0)
     y = flow.init(ONES, lr=lr, key=jax.random.key(0))
