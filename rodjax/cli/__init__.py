@@ -4,6 +4,7 @@ Knows: all other rooms, the names by which problems, optimizers, flows and solve
 called, options, files and progress. Must not know: any mathematics, which it calls.
 """
 
+import gc
 from typing import Annotated
 
 import typer
@@ -16,6 +17,9 @@ from rodjax.cli._sweep import sweep
 from rodjax.cli._view import view
 
 __all__ = ["app", "main"]
+
+#: Objects before Python looks for garbage, and how often it looks among older ones.
+GARBAGE = 100_000, 50, 100
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command()(run)
@@ -42,4 +46,7 @@ def about(
 
 def main() -> None:
     """Entry point of the command `rodjax`."""
+    # What tracing makes by the million lives as long as the command does.
+    gc.freeze()
+    gc.set_threshold(*GARBAGE)
     app()

@@ -14,9 +14,9 @@ from rodjax.linalg import (
     Eigenpair,
     Eigenpairs,
     alike,
-    random_direction,
     refined_eigenpair,
     rows_like,
+    scattered,
     top_eigenpair,
     top_eigenpairs,
 )
@@ -252,7 +252,7 @@ def _preconditioned(
 
 def starting_direction(params: PyTree) -> PyTree:
     """A fixed random vector like `params`, to start an iteration from."""
-    return random_direction(jax.random.key(0), params)
+    return alike(scattered(params, 0), params)
 
 
 def starting_directions(params: PyTree, k: int, guess: PyTree | None = None) -> PyTree:

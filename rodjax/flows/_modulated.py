@@ -126,8 +126,9 @@ def modulated(dynamics: Dynamics, *, degree: int = 2, floor: Floor = None) -> Fl
         share = min(1.0, GATHERED / optax.tree.size(params) ** 0.5)
         return least(params, lr) * (share if floor is None else 1.0)
 
-    def raw_field(mean: State, delta: PyTree, lr: PyTree) -> tuple[State, PyTree]:
-        reach = _reach(mean.params, delta[0])
+    def raw_field(
+        mean: State, delta: PyTree, reach: Array, lr: PyTree
+    ) -> tuple[State, PyTree]:
         plus = dynamics.increment(shift(mean, delta, reach), lr=lr)
         minus = dynamics.increment(shift(mean, delta, -reach), lr=lr)
         d_mean = jax.tree.map(lambda p, m: 0.5 * (p + m), plus, minus)
@@ -140,10 +141,15 @@ def modulated(dynamics: Dynamics, *, degree: int = 2, floor: Floor = None) -> Fl
         return d_mean, d_delta
 
     def corrected(
-        y: ModulatedState, d_mean: State, d_delta: PyTree, lr: PyTree, step: float
+        y: ModulatedState,
+        d_mean: State,
+        d_delta: PyTree,
+        rate: Array,
+        reach: Array,
+        lr: PyTree,
+        step: float,
     ) -> tuple[State, PyTree]:
         mean, delta = y.mean, y.delta
-        rate = _growth(delta, d_delta, _reach(mean.params, delta[0]))
         near, far = 0.5 * (1.0 - step), (1.0 - step) * (2.0 - step) / (6.0 - 4.0 * step)
         lag = _lag(rate, step)
         # -s becomes -s (1 + near s (1 + far s)); Euler's method bears -2 / step.
@@ -153,25 +159,31 @@ def modulated(dynamics: Dynamics, *, degree: int = 2, floor: Floor = None) -> Fl
         if degree == 2:
             back = _back(mean, d_mean, near, jnp.minimum(near, most))
             behind = optax.tree.add_scale(delta, -lag, d_delta)
-            return raw_field(back, behind, lr)
+            return raw_field(back, behind, reach, lr)
         share = jnp.minimum(far, (most / near - 1.0) / stiff)
         back = _back(mean, d_mean, far, share)
         behind = optax.tree.add_scale(delta, -far, d_delta)
-        g_mean, g_delta = raw_field(back, behind, lr)
+        g_mean, g_delta = raw_field(back, behind, reach, lr)
         # So that on what grows by sigma both come to the same as that one.
         behind = optax.tree.add_scale(delta, -lag / (1.0 - far * rate), g_delta)
-        return raw_field(step_back(mean, g_mean, near), behind, lr)
+        return raw_field(step_back(mean, g_mean, near), behind, reach, lr)
 
     def euler_field(step: float) -> VectorField:
         if not 0 <= step < 1:
             raise ValueError(f"step must be at least 0 and less than 1, got {step}")
 
         def vector_field(t, y: ModulatedState, lr: PyTree) -> ModulatedState:
-            d_mean, d_delta = raw_field(y.mean, y.delta, lr)
+            # Once for all, for each is a pass over the parameters.
+            size = length(y.delta[0])
+            reach = _reach(y.mean.params, size)
+            d_mean, d_delta = raw_field(y.mean, y.delta, reach, lr)
             lowest = jnp.maximum(roundoff(y.mean.params, lr), y.memory)
-            push = 2.0 * jnp.maximum(lowest / _size(y.delta, d_delta) - 1.0, 0.0)
+            shown = _shown(size, y.delta, d_delta)
+            push = 2.0 * jnp.maximum(lowest / shown - 1.0, 0.0)
             if degree > 1:
-                d_mean, d_delta = corrected(y, d_mean, d_delta, lr, step)
+                rate = _growth(size, y.delta, d_delta, reach)
+                now = y, d_mean, d_delta, rate, reach
+                d_mean, d_delta = corrected(*now, lr, step)
             fading = jnp.expm1(step * y.log_decay) / step if step else y.log_decay
             return ModulatedState(
                 mean=d_mean,
@@ -228,34 +240,31 @@ def _alternation(window: Window) -> PyTree:
     return optax.tree.where(steady, far, near)
 
 
-def _size(delta: PyTree, d_delta: PyTree) -> Array:
+def _shown(own: Array, delta: PyTree, d_delta: PyTree) -> Array:
     """Size of the alternation of the parameters, momentum's share in them included.
 
     What momentum carries shows in the step it is about to make: |(F+ - F-)/2|.
     """
-    own = length(delta[0])
     # None at the first step of Adam, whose size does not depend on the gradient.
     kick = length(optax.tree.add_scale(d_delta[0], 2.0, delta[0]))
     return jnp.maximum(jnp.hypot(own, kick), jnp.finfo(own.dtype).tiny)
 
 
-def _reach(params: PyTree, delta: PyTree) -> Array:
+def _reach(params: PyTree, size: Array) -> Array:
     """How many delta to either side of c to evaluate: one, but for the smallest delta.
 
     Those vanish among the rounding errors of c, and their field is linear.
     """
-    size = optax.tree.norm(delta)
     epsilon, tiny = jnp.finfo(size.dtype).eps, jnp.finfo(size.dtype).tiny
     visible = float(epsilon) ** VISIBLE * optax.tree.norm(params)
     # No more, lest a delta of zero gets an infinite one.
     return jnp.clip(visible / jnp.maximum(size, tiny), 1.0, 1.0 / float(epsilon))
 
 
-def _growth(delta: PyTree, d_delta: PyTree, reach: Array) -> Array:
+def _growth(size: Array, delta: PyTree, d_delta: PyTree, reach: Array) -> Array:
     """sigma, the growth rate of delta by its plain field; 0 of one that is not seen."""
-    size = jnp.maximum(dot(delta[0], delta[0]), 0.0)
     tiny, epsilon = (getattr(jnp.finfo(size.dtype), x) for x in ("tiny", "eps"))
-    rate = dot(delta[0], d_delta[0]) / jnp.maximum(size, tiny)
+    rate = dot(delta[0], d_delta[0]) / jnp.maximum(size**2, tiny)
     return jnp.where(reach * epsilon < 1.0, jnp.clip(rate, SLOWEST, FASTEST), 0.0)
 
 

@@ -13,7 +13,14 @@ from rodjax.linalg._length import length, square_root
 from rodjax.linalg._lowrank import cubature, orthonormal, tangent
 from rodjax.linalg._refine import refined_eigenpair
 from rodjax.linalg._rows import combine, gram
-from rodjax.linalg._trees import alike, dot, random_direction, rows_like, unit
+from rodjax.linalg._trees import (
+    alike,
+    dot,
+    random_direction,
+    rows_like,
+    scattered,
+    unit,
+)
 
 __all__ = [
     "Complementary",
@@ -31,6 +38,7 @@ __all__ = [
     "refined_eigenpair",
     "root",
     "rows_like",
+    "scattered",
     "square_root",
     "tangent",
     "top_eigenpair",

@@ -214,6 +214,8 @@ def _once(when: Array, change: Callable[[PyTree], PyTree], tree: PyTree) -> PyTr
 def _sum(*parts: tuple[Array | float, PyTree]) -> PyTree:
     """Of trees, each times a number."""
     by, trees = zip(*parts, strict=True)
+    # Computed once, and not again wherever a leaf is.
+    by = _apart(tuple(map(jnp.asarray, by)))
 
     def each(*leaves: Array) -> Array:
         total = by[0] * leaves[0]

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from rodjax.linalg._eigen import Eigenpair
-from rodjax.linalg._trees import alike, dot, norm, over, random_direction, unit
+from rodjax.linalg._trees import alike, dot, norm, over, scattered, unit
 
 # Products between two restarts, each of which is a vector in memory.
 CYCLE = 3
@@ -67,7 +67,7 @@ def refined_eigenpair(
     vector = jax.lax.cond(
         (size > 0) & jnp.isfinite(size),
         lambda: guess,
-        lambda: random_direction(jax.random.key(0), guess),
+        lambda: alike(scattered(guess, 0), guess),
     )
     vector = unit(vector)
     rounds, few = divmod(products, CYCLE)

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, PyTree
 
 
@@ -32,9 +31,10 @@ def over(tree: PyTree, size: Array) -> PyTree:
 
 
 def random_direction(key: Array, like: PyTree) -> PyTree:
-    """Independent standard normal numbers, each leaf in the sharding of that of `like`.
+    """Numbers of mean zero and variance one, each leaf in the sharding of its like.
 
-    The numbers depend on the key and on the shapes, not on the devices.
+    Uniform ones, of `scattered`, which is quick to compile and takes no memory. They
+    depend on the key and on the shapes, not on the devices.
 
     ```python
     >>> import jax, jax.numpy as jnp
@@ -45,12 +45,7 @@ def random_direction(key: Array, like: PyTree) -> PyTree:
 
     ```
     """
-    return _draw(key, like)
-
-
-@jax.jit
-def _draw(key: Array, like: PyTree) -> PyTree:
-    return alike(optax.tree.random_like(key, like), like)
+    return alike(scattered(like, jax.random.bits(key, dtype=jnp.uint32)), like)
 
 
 def alike(tree: PyTree, like: PyTree) -> PyTree:

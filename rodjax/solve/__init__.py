@@ -49,7 +49,7 @@ from rodjax.solve._predictability import (
     nudged_windows,
     predictability,
 )
-from rodjax.solve._record import Place, begin, enter, leave, measure, proceed
+from rodjax.solve._record import Place, begin, enter, leave, measure_each, proceed
 from rodjax.solve._rkc import RKC
 from rodjax.solve._trajectory import (
     Metric,
@@ -97,7 +97,7 @@ __all__ = [
     "look_at_all",
     "losses",
     "lost_at",
-    "measure",
+    "measure_each",
     "monitor",
     "nudged_windows",
     "predictability",

@@ -197,6 +197,9 @@ def solution(
         def back(leaves: list[Array]) -> PyTree:
             return structure.unflatten(map(jnp.astype, leaves, narrow))
 
+        def centre(leaves: list[Array]) -> State:
+            return flow.centre(structure.unflatten(leaves))
+
         def norm(error: list[Array]) -> Array:
             return flow.error_norm(structure.unflatten(error))
 
@@ -223,7 +226,8 @@ def solution(
             saveat=diffrax.SaveAt(subs=saved, controller_state=True),
             stepsize_controller=controlled(method.stepsize_controller, solver, norm),
             adjoint=method.adjoint,
-            event=diffrax.Event(lambda t, y, args, **_: unbounded(y)),
+            # Of the parameters alone, which all that is lost gets to in a step.
+            event=diffrax.Event(lambda t, y, args, **_: unbounded(centre(y).params)),
             max_steps=most,
             throw=False,
         )

@@ -1,6 +1,6 @@
 """One loop for runs and flows: from moment to moment, saving and measuring."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from rodjax.flows import stack
 from rodjax.solve._compare import COMPARED
 from rodjax.solve._course import Course, hidden
 from rodjax.solve._labels import FLOW, STEP
@@ -99,10 +100,50 @@ def measure(
     labelled result has itself.
     """
     seen = course.look(place.state, place.alive())
-    values, carries = dict(seen.report), []
+    values, carries = _values(seen, place.carries, metrics, course.lr)
+    return _judged(place._replace(carries=carries), seen, values)
+
+
+def measure_each(
+    courses: Mapping[str, Course],
+    places: Mapping[str, Place],
+    metrics: Sequence[Metric],
+) -> dict[str, tuple[Place, Snapshot, dict[str, Any]]]:
+    """`measure` for several courses of the same `lr`.
+
+    The metrics are in a loop over those whose snapshots are alike: an iteration for
+    eigenvalues takes longer to compile than a flow, so there is one for all.
+    """
+    seen, alike = {}, {}
+    for name, course in courses.items():
+        snapshot = course.look(places[name].state, places[name].alive())
+        # One end alone is as good as two in the same place.
+        two = lambda x: jnp.repeat(x, 2, axis=0) if len(x) == 1 else x
+        snapshot = snapshot._replace(ends=jax.tree.map(two, snapshot.ends))
+        seen[name] = snapshot
+        leaves, structure = jax.tree.flatten((snapshot, places[name].carries))
+        kinds = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        alike.setdefault((structure, kinds), []).append(name)
+    found = {}
+    for names in alike.values():
+        lr = courses[names[0]].lr
+        given = stack(*((seen[name], places[name].carries) for name in names))
+        values = jax.lax.map(lambda one, lr=lr: _values(*one, metrics, lr), given)
+        for index, name in enumerate(names):
+            own, carries = jax.tree.map(lambda x, i=index: x[i], values)
+            place = places[name]._replace(carries=carries)
+            found[name] = _judged(place, seen[name], own)
+    return {name: found[name] for name in courses}
+
+
+def _values(
+    seen: Snapshot, carries: tuple[Any, ...], metrics: Sequence[Metric], lr: PyTree
+) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """All that is recorded of a moment, and what the metrics carry on."""
+    values, following = dict(seen.report), []
     owners = dict.fromkeys(values, "the flow itself")
-    for index, (metric, carry) in enumerate(zip(metrics, place.carries, strict=True)):
-        named, following = metric.update(seen, carry, lr=course.lr)
+    for index, (metric, carry) in enumerate(zip(metrics, carries, strict=True)):
+        named, carried = metric.update(seen, carry, lr=lr)
         owner = f"{_name(metric)} (number {index})" if index else "every trajectory"
         for name in named:
             if name in TAKEN or "/" in name:
@@ -117,7 +158,14 @@ def measure(
                 )
         owners |= dict.fromkeys(named, owner)
         values |= named
-        carries.append(following)
+        following.append(carried)
+    return values, tuple(following)
+
+
+def _judged(
+    place: Place, seen: Snapshot, values: dict[str, Any]
+) -> tuple[Place, Snapshot, dict[str, Any]]:
+    """Whether it has left by this moment; of one that has, what is NaN from here on."""
     far, high = _sizes(seen.centre.params, values["loss"])
     gone = (far > place.bounds[0]) & (high > place.bounds[1])
     left_at = jnp.where(place.alive() & gone, seen.step, place.diverged_at)
@@ -125,8 +173,7 @@ def measure(
     ok = place.alive()
     hide = partial(hidden, shown=ok)
     shown = seen._replace(centre=hide(seen.centre), ends=hide(seen.ends))
-    values = jax.tree.map(lambda x: jnp.where(ok, x, jnp.nan), values)
-    return place._replace(carries=tuple(carries)), shown, values
+    return place, shown, jax.tree.map(lambda x: jnp.where(ok, x, jnp.nan), values)
 
 
 def record(

@@ -28,7 +28,7 @@ from rodjax.solve import (
     look_at_all,
     losses,
     lost_at,
-    measure,
+    measure_each,
     nudged_windows,
     proceed,
     separation,
@@ -133,11 +133,12 @@ def follow(
     metrics = recorded(spec)
     places = _each(enter, courses, places)
 
+    # Asked for its shapes first, so that it is traced once for both.
+    @jax.jit
     def save(places: Places, moved: Array) -> tuple[Places, PyTree]:
         seen, values, following = {}, {}, {}
-        for name, course in courses.items():
-            measured = measure(course, places[name], metrics)
-            following[name], seen[name], values[name] = measured
+        for name, found in measure_each(courses, places, metrics).items():
+            following[name], seen[name], values[name] = found
             _check(values[name], point)
         metrics_of, kept = _row(spec, seen, values)
         if spec.predictability:

@@ -3,6 +3,7 @@
 import functools
 import os
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -119,10 +120,9 @@ def chunk_of(
     across, alike = shardings(mesh)
 
     def chunk(params, points, places, fresh, count):
+        follow_all = jax.vmap if lanes > mesh.size else alone
         lane = functools.partial(follow, spec, length, params)
-        return jax.vmap(lambda point, place: lane(point, place, fresh, count))(
-            points, places
-        )
+        return follow_all(lambda *one: lane(*one, fresh, count))(points, places)
 
     # Each device follows its own lanes: none waits for another's inner loops.
     program = jax.jit(
@@ -147,6 +147,13 @@ def chunk_of(
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=alike)
     fresh, count = scalar(jnp.bool), scalar(jnp.int32)
     return program, (params.on(alike), batch, places, fresh, count)
+
+
+def alone(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """`jax.vmap` over an axis of one, which is no smaller a program without it."""
+    return lambda *trees: jax.tree.map(
+        lambda x: x[None], function(*jax.tree.map(lambda x: x[0], trees))
+    )
 
 
 def fit(

@@ -2,11 +2,15 @@
 
 import itertools
 import json
+import math
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -105,33 +109,35 @@ class Store:
         """Keep a chunk's rows, and the places unless nothing goes on from them."""
         if chunk not in self._rows.all_steps():
             # By force even before later ones.
-            self._rows.save(chunk, args=self._saved(ROWS, rows), force=True)
+            packed = _packed(rows, np.concatenate)
+            self._rows.save(chunk, args=self._saved(ROWS, packed), force=True)
         if places is not None:
-            self._places.save(chunk, args=self._saved(PLACES, places))
+            self._places.save(chunk, args=self._saved(PLACES, _packed_on(places)))
 
     def rows(self, chunk: int, like: PyTree) -> PyTree:
         """The rows of a chunk, host arrays in the structure of `like`."""
-        target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
-        return self._restored(self._reader, ROWS, chunk, target)
+        target = {
+            name: np.zeros(x.shape, x.dtype) for name, x in _packed_shapes(like).items()
+        }
+        return _unpacked(self._restored(self._reader, ROWS, chunk, target), like)
 
     def places(self, chunk: int, like: PyTree) -> PyTree:
         """The places after a chunk, laid out on devices like `like`."""
-        return self._restored(self._places, PLACES, chunk, like)
+        found = self._restored(self._places, PLACES, chunk, _packed_shapes(like))
+        sharding = jax.tree.map(lambda x: x.sharding, like)
+        return jax.jit(partial(_unpacked, like=like), out_shardings=sharding)(found)
 
     def close(self) -> None:
         """Release what orbax holds."""
         for manager in (self._rows, self._places, self._reader):
             manager.close()
 
-    def _saved(self, name: str, tree: PyTree) -> Any:
-        return self._args.Composite(**{name: self._args.StandardSave(_flat(tree))})
+    def _saved(self, name: str, packed: dict[str, Any]) -> Any:
+        return self._args.Composite(**{name: self._args.StandardSave(packed)})
 
-    def _restored(self, manager: Any, name: str, chunk: int, like: PyTree) -> PyTree:
-        asked = self._args.Composite(**{name: self._args.StandardRestore(_flat(like))})
-        found = manager.restore(chunk, args=asked)[name]
-        return jax.tree.unflatten(
-            jax.tree.structure(like), [found[name] for name in sorted(found)]
-        )
+    def _restored(self, manager: Any, name: str, chunk: int, like: Any) -> Any:
+        asked = self._args.Composite(**{name: self._args.StandardRestore(like)})
+        return manager.restore(chunk, args=asked)[name]
 
 
 def _writer(folder: Path, keep: int | None) -> Any:
@@ -171,6 +177,49 @@ def _json(settings: dict[str, Any]) -> str:
     return json.dumps(settings, indent=2, default=lambda x: np.asarray(x).tolist())
 
 
-def _flat(tree: PyTree) -> dict[str, Any]:
-    """The leaves by number: empty nodes and `None` need no representation."""
-    return {f"{i:06}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+def _by_dtype(tree: PyTree) -> dict[str, list[int]]:
+    """The numbers of the leaves of each dtype."""
+    found: dict[str, list[int]] = {}
+    for number, leaf in enumerate(jax.tree.leaves(tree)):
+        found.setdefault(str(leaf.dtype), []).append(number)
+    return found
+
+
+def _packed(tree: PyTree, together: Callable[..., Any]) -> dict[str, Any]:
+    """Arrays [lanes, ...] as one of each dtype, [lanes, n].
+
+    Few large ones, for orbax takes its time by the array.
+    """
+    leaves = jax.tree.leaves(tree)
+    rows = lambda x: x.reshape(len(x), math.prod(x.shape[1:]))
+    return {
+        name: together([rows(leaves[i]) for i in numbers], axis=1)
+        for name, numbers in _by_dtype(tree).items()
+    }
+
+
+_packed_on = jax.jit(partial(_packed, together=jnp.concatenate))
+
+
+def _packed_shapes(like: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of what `_packed` makes of arrays like these, laid out over devices like them."""
+    leaves = jax.tree.leaves(like)
+    shapes = {}
+    for name, numbers in _by_dtype(like).items():
+        width = sum(math.prod(leaves[i].shape[1:]) for i in numbers)
+        first = leaves[numbers[0]]
+        shapes[name] = jax.ShapeDtypeStruct(
+            (len(first), width), first.dtype, sharding=getattr(first, "sharding", None)
+        )
+    return shapes
+
+
+def _unpacked(packed: dict[str, Any], like: PyTree) -> PyTree:
+    """The tree that `_packed` was given."""
+    leaves, structure = jax.tree.flatten(like)
+    for name, numbers in _by_dtype(like).items():
+        end = 0
+        for i in numbers:
+            start, end = end, end + math.prod(leaves[i].shape[1:])
+            leaves[i] = packed[name][:, start:end].reshape(leaves[i].shape)
+    return structure.unflatten(leaves)
