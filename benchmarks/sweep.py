@@ -28,7 +28,7 @@ from _common import arguments, seconds, write
 
 import rodjax as rj
 
-WARMUP, SUBSTEPS, REPEATS = 20, 4, 3
+WARMUP, REPEATS = 20, 3
 
 
 def main() -> None:
@@ -57,7 +57,6 @@ def main() -> None:
             grid={"lr": lrs},
             flows={"modulated": flow},
             warmup=WARMUP,
-            substeps=SUBSTEPS,
             time_chunk=steps,
             progress=told.append,
         )
@@ -65,7 +64,7 @@ def main() -> None:
     def calls(lr):
         window = rj.warm_up(dynamics, problem.params, WARMUP, lr=lr)
         run = rj.descend(dynamics, window, steps, lr=lr)
-        path = rj.integrate(flow, window, steps, lr=lr, substeps=SUBSTEPS)
+        path = rj.integrate(flow, window, steps, lr=lr)
         found = rj.compare(run, path)
         return found.distance, found.flow, found.run
 

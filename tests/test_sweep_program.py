@@ -152,3 +152,40 @@ def test_only_the_last_two_programs_are_held():
     # The second is still there, and is not built again.
     last = held[1]()
     assert swept(last).run is programs[1].run
+
+
+def measured(flows, **options):
+    """A sweep of gradient descent, and how often its metric was traced."""
+    sgd = rj.dynamics(optax.sgd, lambda w: jnp.sum(w**2) / 2 + w[0] ** 4)
+    edge, calls = rj.edge_of_stability(sgd), []
+
+    def update(snapshot, vector, *, lr):
+        calls.append(snapshot)
+        return edge.update(snapshot, vector, lr=lr)
+
+    flows = {name: getattr(rj.flows, name)(sgd) for name in flows}
+    metrics = [rj.Metric(edge.init, update)]
+    start = jnp.array([0.3, 1.0])
+    data = rj.sweep(sgd, start, 6, flows=flows, metrics=metrics, **options)
+    return data, len(calls)
+
+
+def test_a_metric_is_compiled_once_for_models_that_are_alike():
+    """Though the stable flow has one end of an oscillation, and the others two."""
+    few, once = measured(["stable"], grid={"lr": 0.4})
+    more, calls = measured(["stable", "rod", "modulated", "edge"], grid={"lr": 0.4})
+    assert once == calls
+    for name in ("run", "stable"):
+        np.testing.assert_array_equal(
+            few.sharpness_ratio.sel(flow=name), more.sharpness_ratio.sel(flow=name)
+        )
+
+
+def test_one_lane_is_as_one_of_several():
+    one, _ = measured(["modulated"], grid={"lr": [0.4]})
+    two, _ = measured(["modulated"], grid={"lr": [0.4, 0.1]})
+    assert one.sizes["lr"] == 1
+    for name, values in one.drop_vars("lr").items():
+        np.testing.assert_allclose(
+            values.values[:, 0], two[name].values[:, 0], rtol=1e-9, atol=1e-14
+        )

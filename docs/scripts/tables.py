@@ -183,6 +183,16 @@ def convolutions(found: dict[str, Any]) -> str:
     return rows(["ms", *titles], lines)
 
 
+def startup(found: dict[str, Any]) -> str:
+    """Seconds of a start of the command, by part."""
+    titles = list(next(iter(found["starts"].values())))
+    lines = [
+        [case, *(f"{own[title]:.1f}" for title in titles)]
+        for case, own in found["starts"].items()
+    ]
+    return f"{found['cores']} CPU cores.\n\n{rows(['seconds', *titles], lines)}"
+
+
 def _device(found: dict[str, Any]) -> str:
     return f"{found['device']}, jax {found['jax']}."
 
@@ -199,6 +209,7 @@ TABLES = {
     "reference": ("reference.json", reference),
     "watching": ("watch.json", watching),
     "convolutions": ("convolutions.json", convolutions),
+    "startup": ("startup.json", startup),
     "memory": ("memory.json", memory),
     "memory-process": ("memory.json", memory_process),
     "accelerator-cost": ("h100.json", accelerator_cost),

@@ -126,9 +126,9 @@ def measure_each(
         alike.setdefault((structure, kinds), []).append(name)
     found = {}
     for names in alike.values():
-        lr = courses[names[0]].lr
+        one = partial(_values, metrics=metrics, lr=courses[names[0]].lr)
         given = stack(*((seen[name], places[name].carries) for name in names))
-        values = jax.lax.map(lambda one, lr=lr: _values(*one, metrics, lr), given)
+        values = jax.lax.map(lambda x, one=one: one(x[0], x[1]), given)
         for index, name in enumerate(names):
             own, carries = jax.tree.map(lambda x, i=index: x[i], values)
             place = places[name]._replace(carries=carries)

@@ -122,7 +122,8 @@ def chunk_of(
     def chunk(params, points, places, fresh, count):
         follow_all = jax.vmap if lanes > mesh.size else alone
         lane = functools.partial(follow, spec, length, params)
-        return follow_all(lambda *one: lane(*one, fresh, count))(points, places)
+        one = lambda point, place: lane(point, place, fresh, count)
+        return follow_all(one)(points, places)
 
     # Each device follows its own lanes: none waits for another's inner loops.
     program = jax.jit(
