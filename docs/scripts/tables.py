@@ -183,6 +183,18 @@ def convolutions(found: dict[str, Any]) -> str:
     return rows(["ms", *titles], lines)
 
 
+def sweep(found: dict[str, Any]) -> str:
+    """A sweep beside loops over its lanes, on a CPU."""
+    base = found["seconds"]["sweep"]
+    lines = [
+        [name, f"{own:.2f}", f"{own / base:.2f}", f"{found['compilation'][name]:.1f}"]
+        for name, own in found["seconds"].items()
+    ]
+    titles = ["", "seconds", "over the sweep's", "compilation, s"]
+    what = f"{found['lanes']} lanes, {found['devices']} CPU cores."
+    return f"{what}\n\n{rows(titles, lines)}"
+
+
 def startup(found: dict[str, Any]) -> str:
     """Seconds of a start of the command, by part."""
     titles = list(next(iter(found["starts"].values())))
@@ -210,6 +222,7 @@ TABLES = {
     "watching": ("watch.json", watching),
     "convolutions": ("convolutions.json", convolutions),
     "startup": ("startup.json", startup),
+    "sweep": ("sweep.json", sweep),
     "memory": ("memory.json", memory),
     "memory-process": ("memory.json", memory_process),
     "accelerator-cost": ("h100.json", accelerator_cost),
