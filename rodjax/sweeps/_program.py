@@ -151,7 +151,7 @@ def chunk_of(
 
 
 def alone(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """`jax.vmap` over an axis of one, which is no smaller a program without it."""
+    """`jax.vmap` over an axis of one: a smaller program, whose branches stay so."""
     return lambda *trees: jax.tree.map(
         lambda x: x[None], function(*jax.tree.map(lambda x: x[0], trees))
     )
