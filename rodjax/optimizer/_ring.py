@@ -67,19 +67,17 @@ def push(ring: Ring, new: State, go: ArrayLike) -> tuple[Ring, State]:
 def unrolled(ring: Ring) -> Window:
     """The window that a ring holds, in order, without a second one in memory."""
 
-    first = jax.tree.map(lambda x: x[0], ring.states)
-
-    # The cycle of a turn by as many slots: seven is a prime.
-    def one(k: Any, states: State) -> State:
-        there, here = (k + 1) * ring.oldest % LENGTH, k * ring.oldest % LENGTH
-
-        def turned(x: Array, first: Array) -> Array:
+    def turned(x: Array) -> Array:
+        # The cycle of a turn by as many slots: seven is a prime.
+        def one(k: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            x, first = carry
+            there, here = (k + 1) * ring.oldest % LENGTH, k * ring.oldest % LENGTH
             y = jnp.where(k == LENGTH - 1, first, _read(x, there))
-            return jax.lax.dynamic_update_index_in_dim(x, y, here, 0)
+            return jax.lax.dynamic_update_index_in_dim(x, y, here, 0), first
 
-        return jax.tree.map(turned, states, first)
+        return jax.lax.fori_loop(0, LENGTH, one, (x, x[0]))[0]
 
-    return Window(jax.lax.fori_loop(0, LENGTH, one, ring.states), ring.step)
+    return Window(jax.tree.map(turned, ring.states), ring.step)
 
 
 def go_on(dynamics: Dynamics, window: Window, steps: int, lr: PyTree) -> Window:
