@@ -133,8 +133,6 @@ def follow(
     metrics = recorded(spec)
     places = _each(enter, courses, places)
 
-    # Asked for its shapes first, so that it is traced once for both.
-    @jax.jit
     def save(places: Places, moved: Array) -> tuple[Places, PyTree]:
         seen, values, following = {}, {}, {}
         for name, found in measure_each(courses, places, metrics).items():

@@ -116,15 +116,20 @@ class Store:
 
     def rows(self, chunk: int, like: PyTree) -> PyTree:
         """The rows of a chunk, host arrays in the structure of `like`."""
-        target = {
-            name: np.zeros(x.shape, x.dtype) for name, x in _packed_shapes(like).items()
-        }
+        shapes = jax.eval_shape(_packed_on, like)
+        target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         return _unpacked(self._restored(self._reader, ROWS, chunk, target), like)
 
     def places(self, chunk: int, like: PyTree) -> PyTree:
         """The places after a chunk, laid out on devices like `like`."""
-        found = self._restored(self._places, PLACES, chunk, _packed_shapes(like))
         sharding = jax.tree.map(lambda x: x.sharding, like)
+        # All are spread over the devices by their lanes.
+        across = jax.tree.leaves(sharding)[0]
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=across),
+            jax.eval_shape(_packed_on, like),
+        )
+        found = self._restored(self._places, PLACES, chunk, target)
         return jax.jit(partial(_unpacked, like=like), out_shardings=sharding)(found)
 
     def close(self) -> None:
@@ -199,19 +204,6 @@ def _packed(tree: PyTree, together: Callable[..., Any]) -> dict[str, Any]:
 
 
 _packed_on = jax.jit(partial(_packed, together=jnp.concatenate))
-
-
-def _packed_shapes(like: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of what `_packed` makes of arrays like these, laid out over devices like them."""
-    leaves = jax.tree.leaves(like)
-    shapes = {}
-    for name, numbers in _by_dtype(like).items():
-        width = sum(math.prod(leaves[i].shape[1:]) for i in numbers)
-        first = leaves[numbers[0]]
-        shapes[name] = jax.ShapeDtypeStruct(
-            (len(first), width), first.dtype, sharding=getattr(first, "sharding", None)
-        )
-    return shapes
 
 
 def _unpacked(packed: dict[str, Any], like: PyTree) -> PyTree:
